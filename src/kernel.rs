@@ -1,0 +1,178 @@
+//! Load a tile of lanes, update it, sync it where a cycle ends, store it: one pass over memory.
+//!
+//! Scalar bodies over a fixed number of local lanes vectorise on stable Rust. Ends are padded to a tile, so that there
+//! is one arithmetic, and an element's bits do not depend on where in an array it stands.
+
+use crate::lookahead::{Blend, Phase, from_fast, from_slow};
+pub use crate::rule::LANES;
+use crate::rule::{Float, Source, Update};
+use crate::simd::{Level, at};
+
+/// Elements that a thread takes at a time.
+pub const CHUNK: usize = 1 << 16;
+/// State arrays that a rule may have.
+pub const MAX_STATE: usize = 4;
+
+/// The arrays that the optimizer keeps for a leaf; those that it does not have are empty.
+pub struct Kept<'a, F> {
+    /// The rule's state, in its order.
+    pub state: [&'a mut [F]; MAX_STATE],
+    /// Slow weights.
+    pub slow: &'a mut [F],
+}
+
+impl<'a, F> Kept<'a, F> {
+    /// Cuts a leaf's `block` into `states` arrays of `n` elements, and slow weights where there is room for them.
+    #[must_use]
+    pub fn new(mut block: &'a mut [F], n: usize, states: usize) -> Self {
+        let mut next = || block.split_off_mut(..n).unwrap_or_default();
+        let state = std::array::from_fn(|k| {
+            if k < states {
+                next()
+            } else {
+                Default::default()
+            }
+        });
+        Self {
+            state,
+            slow: next(),
+        }
+    }
+
+    /// Splits off the first `n` elements of each array.
+    #[must_use]
+    pub fn take(&mut self, n: usize) -> Self {
+        Self {
+            state: self.state.each_mut().map(|s| first(s, n)),
+            slow: first(&mut self.slow, n),
+        }
+    }
+}
+
+#[allow(clippy::mut_mut, reason = "as `split_off_mut` has it")]
+fn first<'a, F>(from: &mut &'a mut [F], n: usize) -> &'a mut [F] {
+    from.split_off_mut(..n).unwrap_or_default()
+}
+
+/// A function that moves fast weights `p` by gradients `g`; all arrays have one length.
+pub type Step<F> =
+    fn(Level, Phase<Blend<F>>, scalars: &[F], p: &mut [F], g: &[F], kept: &mut Kept<F>);
+
+/// One rule, compiled for every instruction set.
+#[derive(Clone, Copy)]
+pub struct Kernel<F> {
+    /// [`Source::NAME`].
+    pub name: &'static str,
+    /// [`Source::HYPER`].
+    pub hyper: &'static [&'static str],
+    /// [`Source::STATE`].
+    pub state: &'static [&'static str],
+    /// [`Source::scalars`], each rounded once.
+    pub scalars: fn(hyper: &[f64], t: f64) -> Vec<F>,
+    /// Moves a run of elements.
+    pub step: Step<F>,
+}
+
+impl<F: Float> Kernel<F> {
+    pub(crate) fn of<R: Source + Update<F, K, N>, const K: usize, const N: usize>() -> Self {
+        const { assert!(N <= MAX_STATE, "raise MAX_STATE") };
+        Self {
+            name: R::NAME,
+            hyper: R::HYPER,
+            state: R::STATE,
+            scalars: |hyper, t| R::scalars(hyper, t).into_iter().map(F::round).collect(),
+            step: |level, phase, c, p, g, kept| match phase {
+                Phase::Plain => {
+                    at!(level, tiles::<F, R, K, N>(c, p, g, kept, |_, fast, _| fast));
+                }
+                Phase::Start => {
+                    let finish = |before, fast, slow: &mut F| {
+                        *slow = before;
+                        fast
+                    };
+                    at!(level, tiles::<F, R, K, N>(c, p, g, kept, finish));
+                }
+                Phase::Sync(Blend::FromFast(rest)) => {
+                    let finish = |_, fast, slow: &mut F| from_fast(rest, fast, *slow);
+                    at!(level, tiles::<F, R, K, N>(c, p, g, kept, finish));
+                }
+                Phase::Sync(Blend::FromSlow(step)) => {
+                    let finish = |_, fast, slow: &mut F| from_slow(step, fast, *slow);
+                    at!(level, tiles::<F, R, K, N>(c, p, g, kept, finish));
+                }
+                Phase::Sync(Blend::Stay) => {
+                    at!(
+                        level,
+                        tiles::<F, R, K, N>(c, p, g, kept, |_, _, slow| *slow)
+                    );
+                }
+            },
+        }
+    }
+}
+
+/// What a step does to a leaf that its rule leaves alone.
+pub fn hold<F: Float>(level: Level, phase: Phase<Blend<F>>, p: &mut [F], slow: &mut [F]) {
+    match phase {
+        Phase::Plain => {}
+        Phase::Start => slow.copy_from_slice(p),
+        Phase::Sync(blend) => sync(level, blend, p, slow),
+    }
+}
+
+/// The sync alone.
+pub fn sync<F: Float>(level: Level, blend: Blend<F>, fast: &mut [F], slow: &[F]) {
+    let pairs = fast.iter_mut().zip(slow);
+    match blend {
+        Blend::FromFast(rest) => at!(level, pairs.for_each(|(f, &s)| *f = from_fast(rest, *f, s))),
+        Blend::FromSlow(step) => at!(level, pairs.for_each(|(f, &s)| *f = from_slow(step, *f, s))),
+        Blend::Stay => fast.copy_from_slice(slow),
+    }
+}
+
+#[inline(always)]
+fn tiles<F: Float, R: Update<F, K, N>, const K: usize, const N: usize>(
+    scalars: &[F],
+    p: &mut [F],
+    g: &[F],
+    kept: &mut Kept<F>,
+    finish: impl Fn(F, F, &mut F) -> F + Copy,
+) {
+    let c: [F; K] = scalars.try_into().expect("one number per scalar");
+    let mut arrays = kept.state.iter_mut();
+    let mut state: [_; N] =
+        std::array::from_fn(|_| arrays.next().expect("an array per state").as_chunks_mut());
+    let (p, p_end) = p.as_chunks_mut();
+    let (g, g_end) = g.as_chunks();
+    let (slow, slow_end) = kept.slow.as_chunks_mut();
+    let mut unused = [F::default(); LANES];
+    for i in 0..p.len() {
+        let state = state.each_mut().map(|(s, _)| &mut s[i]);
+        R::tile(
+            &c,
+            &mut p[i],
+            &g[i],
+            state,
+            slow.get_mut(i).unwrap_or(&mut unused),
+            finish,
+        );
+    }
+    if !p_end.is_empty() {
+        let mut p = padded(p_end);
+        let mut slow = padded(slow_end);
+        let mut s = state.each_ref().map(|(_, end)| padded(end));
+        R::tile(&c, &mut p, &padded(g_end), s.each_mut(), &mut slow, finish);
+        p_end.copy_from_slice(&p[..p_end.len()]);
+        slow_end.copy_from_slice(&slow[..slow_end.len()]);
+        for k in 0..N {
+            state[k].1.copy_from_slice(&s[k][..p_end.len()]);
+        }
+    }
+}
+
+#[inline(always)]
+fn padded<F: Float>(end: &[F]) -> [F; LANES] {
+    let mut tile = [F::default(); LANES];
+    tile[..end.len()].copy_from_slice(end);
+    tile
+}

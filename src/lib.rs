@@ -1,0 +1,18 @@
+//! Lookahead (Zhang, Lucas, Hinton & Ba, 2019), <https://arxiv.org/abs/1907.08610>: an inner optimizer's step and the
+//! sync of slow and fast weights, in one pass over memory.
+//!
+//! A rule is one text ([`rule`]) in one file (`rules/`), listed in the registry ([`rules`]). The [`kernel`] runs it over
+//! tiles at the best instruction set ([`simd`]); [`lookahead`] counts the cycle; [`layout`] says where a strided array
+//! keeps its numbers; [`wgsl`] writes the same rule as a compute shader. `py` is the only file that knows Python.
+
+pub mod error;
+pub mod kernel;
+pub mod layout;
+pub mod leaf;
+pub mod lookahead;
+#[cfg(feature = "python")]
+mod py;
+pub mod rule;
+pub mod rules;
+pub mod simd;
+pub mod wgsl;

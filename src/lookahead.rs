@@ -1,0 +1,112 @@
+//! Lookahead's cycle: when slow weights are taken, when they move, and by what arithmetic. Slow weights are the fast
+//! ones as the first step of a cycle finds them, so between cycles the two are one, and no second copy is kept.
+
+use crate::rule::Float;
+
+/// What the kernel does besides the rule's update; `B` says how a sync blends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase<B> {
+    /// Nothing: a step within a cycle, or without Lookahead.
+    Plain,
+    /// The first step of a cycle: slow becomes fast before the update.
+    Start,
+    /// The last step of a cycle: slow and fast meet after the update.
+    Sync(B),
+}
+
+/// Counts applied steps in cycles of `period`.
+#[derive(Clone, Debug)]
+pub struct Cycle {
+    /// Steps a cycle.
+    pub period: u64,
+    /// The fraction of the way that slow moves toward fast at a sync.
+    pub slow_step: f64,
+    /// Steps since the last sync.
+    pub done: u64,
+    /// Syncs so far.
+    pub syncs: u64,
+}
+
+impl Cycle {
+    /// A cycle that has not begun.
+    #[must_use]
+    pub fn new(period: u64, slow_step: f64) -> Self {
+        Self {
+            period,
+            slow_step,
+            done: 0,
+            syncs: 0,
+        }
+    }
+
+    /// Whether slow weights are ever kept in an array of their own: not where every step's sync leaves fast where it is.
+    #[must_use]
+    pub fn keeps_slow(&self) -> bool {
+        self.period > 1 || self.slow_step < 1.0
+    }
+
+    /// What the next step does: within the kernel, and as a sync of its own after it (where a cycle is one step, whose
+    /// slow weights must be taken before they can meet the fast ones). A sync that leaves fast where it is, is no work.
+    #[must_use]
+    pub fn plan<F: Float>(&self) -> (Phase<Blend<F>>, Option<Blend<F>>) {
+        let sync = (self.done + 1 == self.period && self.slow_step < 1.0)
+            .then(|| Blend::new(self.slow_step));
+        match (self.done == 0, sync) {
+            (true, _) if !self.keeps_slow() => (Phase::Plain, None),
+            (true, sync) => (Phase::Start, sync),
+            (false, Some(blend)) => (Phase::Sync(blend), None),
+            (false, None) => (Phase::Plain, None),
+        }
+    }
+
+    /// Counts a step.
+    pub fn advance(&mut self) {
+        self.done += 1;
+        if self.done == self.period {
+            self.close();
+        }
+    }
+
+    /// Ends the cycle now.
+    pub fn close(&mut self) {
+        self.done = 0;
+        self.syncs += 1;
+    }
+}
+
+/// Slow weights' move toward fast ones, in the form that is exact at both ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blend<F> {
+    /// Back to slow, also where fast is not finite.
+    Stay,
+    /// `slow + slow_step * (fast - slow)`, for a step below one half.
+    FromSlow(F),
+    /// `fast - (fast - slow) * (1 - slow_step)`.
+    FromFast(F),
+}
+
+impl<F: Float> Blend<F> {
+    /// The arithmetic for `slow_step` in [0, 1].
+    #[must_use]
+    pub fn new(slow_step: f64) -> Self {
+        if slow_step <= 0.0 {
+            Self::Stay
+        } else if slow_step < 0.5 {
+            Self::FromSlow(F::round(slow_step))
+        } else {
+            Self::FromFast(F::round(1.0 - slow_step))
+        }
+    }
+}
+
+/// [`Blend::FromSlow`] of one pair.
+#[inline(always)]
+pub fn from_slow<F: Float>(step: F, fast: F, slow: F) -> F {
+    slow + step * (fast - slow)
+}
+
+/// [`Blend::FromFast`] of one pair.
+#[inline(always)]
+pub fn from_fast<F: Float>(rest: F, fast: F, slow: F) -> F {
+    fast - (fast - slow) * rest
+}

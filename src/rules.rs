@@ -1,0 +1,45 @@
+//! The registry: one line a rule.
+
+use crate::kernel::Kernel;
+use crate::rule::{Float, Source};
+
+/// A number that every rule is compiled for.
+pub trait Compute: Float {
+    /// The kernels of all rules.
+    fn kernels() -> Vec<Kernel<Self>>;
+}
+
+macro_rules! rules {
+    ($($module:ident: $($rule:ident),+;)*) => {
+        $(pub mod $module;)*
+
+        impl Compute for f32 {
+            fn kernels() -> Vec<Kernel<Self>> {
+                vec![$($(Kernel::of::<$module::$rule, _, _>()),+),*]
+            }
+        }
+
+        impl Compute for f64 {
+            fn kernels() -> Vec<Kernel<Self>> {
+                vec![$($(Kernel::of::<$module::$rule, _, _>()),+),*]
+            }
+        }
+
+        /// Every rule's name and shader, in each phase of a cycle.
+        #[must_use]
+        pub fn shaders() -> Vec<(&'static str, String)> {
+            use crate::{lookahead::Phase, wgsl::shader};
+            [Phase::Plain, Phase::Start, Phase::Sync(())]
+                .into_iter()
+                .flat_map(|phase| [$($(($module::$rule::NAME, shader::<$module::$rule>(phase))),+),*])
+                .collect()
+        }
+    };
+}
+
+rules! {
+    sgd: Sgd, SgdMomentum, SgdNesterov;
+    adam: Adam, AdamAmsgrad;
+    adamw: AdamW, AdamWAmsgrad;
+    radam: RAdam;
+}

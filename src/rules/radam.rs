@@ -1,0 +1,43 @@
+//! `RAdam` (Liu et al., 2020, Algorithm 2), <https://arxiv.org/abs/1908.03265>, in torch's form: the step is adaptive
+//! once rho is over 5 (the paper: 4). A zero denominator means a zero gradient, so the update is zero.
+
+use crate::rule::{complement, rule, select, sqrt};
+
+rule!(
+    RAdam,
+    hyper(lr, b1, b2, eps, weight_decay),
+    state(m, v),
+    |t| scalars(
+        a1 = 1.0 - b1,
+        a2 = 1.0 - b2,
+        adaptive = if rho(b2, t) > 5.0 { 1.0 } else { 0.0 },
+        size = lr * rectified(b2, t) / complement(b1, t),
+    ),
+    |p, g| {
+        let d = select(g + weight_decay * p, g, weight_decay == 0.0);
+        m = b1 * m + a1 * d;
+        v = b2 * v + a2 * (d * d);
+        let z = select(1.0, sqrt(v) + eps, adaptive > 0.0);
+        p = p - select(size * m / z, 0.0, z == 0.0);
+    },
+);
+
+/// The length of the simple average that the second moment stands for.
+fn rho(b2: f64, t: f64) -> f64 {
+    let c2 = complement(b2, t);
+    rho_inf(b2) - 2.0 * t * (1.0 - c2) / c2
+}
+
+fn rho_inf(b2: f64) -> f64 {
+    2.0 / (1.0 - b2) - 1.0
+}
+
+/// The paper's rectifier `r`, with the bias correction of `v`; 1 where the step is not adaptive.
+fn rectified(b2: f64, t: f64) -> f64 {
+    let (rho, inf) = (rho(b2, t), rho_inf(b2));
+    if rho > 5.0 {
+        ((rho - 4.0) * (rho - 2.0) * inf / ((inf - 4.0) * (inf - 2.0) * rho) * complement(b2, t)).sqrt()
+    } else {
+        1.0
+    }
+}

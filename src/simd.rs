@@ -1,0 +1,76 @@
+//! The instruction set, chosen once, at the edge: the same Rust is compiled for each, and gives the same bits on each.
+//!
+//! x86-64 has three levels; elsewhere the baseline of the target is the only one (on `AArch64` that is NEON).
+
+use std::sync::LazyLock;
+
+/// An instruction set that this machine has; there is no other way to get one than [`Level::available`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level(pub(crate) Isa);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Isa {
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Level {
+    /// All levels of this machine, the best one last.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut levels = vec![Self(Isa::Baseline)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") {
+                levels.push(Self(Isa::Avx2));
+            }
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+            {
+                levels.push(Self(Isa::Avx512));
+            }
+        }
+        levels
+    }
+
+    /// The best level of this machine.
+    #[must_use]
+    pub fn best() -> Self {
+        static BEST: LazyLock<Level> =
+            LazyLock::new(|| *Level::available().last().expect("there is a baseline"));
+        *BEST
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+pub(crate) fn avx2<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512vl,avx512dq")]
+pub(crate) fn avx512<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
+
+/// Runs a call compiled for `level`; the callee is `#[inline(always)]`.
+macro_rules! at {
+    ($level:expr, $call:expr) => {
+        match $level.0 {
+            crate::simd::Isa::Baseline => $call,
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: a `Level` is made only by `Level::available`, where the machine has the instructions.
+            crate::simd::Isa::Avx2 => unsafe { crate::simd::avx2(#[inline(always)] || $call) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            crate::simd::Isa::Avx512 => unsafe { crate::simd::avx512(#[inline(always)] || $call) },
+        }
+    };
+}
+pub(crate) use at;
