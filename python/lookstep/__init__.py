@@ -1,0 +1,13 @@
+"""Lookahead and its inner optimizers, for people who train with plain arrays.
+
+Fast weights are moved by any inner optimizer for `sync_period` steps; then slow weights move a fraction `slow_step`
+toward them (Zhang, Lucas, Hinton & Ba, 2019, https://arxiv.org/abs/1907.08610). The step and the sync are one compiled
+pass over the user's own NumPy arrays.
+"""
+
+from ._core import __version__
+from .lookahead import Lookahead
+from .optimizer import Optimizer
+from .rules import SGD, Adam, AdamW, RAdam
+
+__all__ = ["SGD", "Adam", "AdamW", "Lookahead", "Optimizer", "RAdam", "__version__"]

@@ -1,0 +1,320 @@
+"""Inner optimizers as pure data: one frozen dataclass a rule.
+
+A rule holds hyper-parameters and nothing else, so it can be printed, compared and shared between optimizers. Names and
+defaults are torch's. What a step does is in `src/rules/`, one file a rule.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+
+def _real(name: str, value: Any) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _at_least_zero(name: str, value: Any) -> float:
+    number = _real(name, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    return number
+
+
+def _below_one(name: str, value: Any) -> float:
+    number = _real(name, value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+    return number
+
+
+def _up_to_one(name: str, value: Any) -> float:
+    number = _real(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return number
+
+
+def _pair_below_one(name: str, value: Any) -> tuple[float, ...]:
+    try:
+        values = tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} must be 2 real numbers, got {type(value).__name__} {value!r}") from None
+    if len(values) != 2:
+        raise ValueError(f"{name} must have 2 values, got {len(values)}")
+    return tuple(_below_one(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer >= 1, got {type(value).__name__} {value!r}")
+    if not 1 <= int(value) < 2**63:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return int(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
+    return bool(value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "lr": _at_least_zero,
+    "betas": _pair_below_one,
+    "eps": _at_least_zero,
+    "weight_decay": _at_least_zero,
+    "momentum": _below_one,
+    "dampening": _at_least_zero,
+    "nesterov": _flag,
+    "amsgrad": _flag,
+    "sync_period": _positive_integer,
+    "slow_step": _up_to_one,
+}
+"""What each hyper-parameter must be, by name: the one place for all rules."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What every rule has in common.
+
+    Args:
+        lr: learning rate, >= 0.
+        betas: decay rates of the averages of the gradient and of its square, each in [0, 1).
+        eps: added to the denominator, >= 0. Where the denominator is zero all the same, the update is zero.
+        weight_decay: >= 0. Decoupled from the gradient in `AdamW` alone: elsewhere it is an L2 penalty.
+        momentum: decay rate of the momentum buffer, in [0, 1).
+
+    Raises:
+        TypeError: if a hyper-parameter is of another type, or unknown.
+        ValueError: if it is out of range.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses unknown keywords before dataclass does, with the known ones."""
+        known = [field.name for field in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                from difflib import get_close_matches
+
+                close = get_close_matches(name, known, 1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+                raise TypeError(f"{cls.__name__} got an unexpected keyword {name!r} ({hint})")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Checks every hyper-parameter, and makes each the plain Python number that it stands for."""
+        for field in fields(self):
+            if check := _CHECKS.get(field.name):
+                object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
+
+
+@dataclass(frozen=True)
+class InnerRule(Rule):
+    """A rule that moves fast weights."""
+
+    lr: float = 1e-3
+
+    _kernels: ClassVar[tuple[str, ...]]
+    """The kernels that the rule may run, as `src/rules/` calls them."""
+
+    @property
+    def _kernel(self) -> str:
+        """The kernel that these hyper-parameters run: one without arrays or arithmetic that they leave unused."""
+        return self._kernels[0]
+
+    def _hyper(self) -> dict[str, float]:
+        """Numbers by the name that kernels have for them: `betas` are `b1` and `b2`."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
+        betas = numbers.pop("betas", ())
+        numbers |= {f"b{i}": beta for i, beta in enumerate(betas, 1)}
+        return {name: number for name, number in numbers.items() if isinstance(number, float)}
+
+
+@dataclass(frozen=True)
+class SGD(InnerRule):
+    r"""Stochastic gradient descent, with momentum in torch's form.
+
+    $$d = g + \lambda p, \qquad m \leftarrow \mu m + (1 - \tau) d, \qquad p \leftarrow p - \eta m$$
+
+    with learning rate $\eta$, momentum $\mu$, dampening $\tau$ and weight decay $\lambda$; the first step takes
+    $m = d$. Nesterov: $p \leftarrow p - \eta (d + \mu m)$. Without momentum: $p \leftarrow p - \eta d$.
+
+    State: `m` where momentum > 0.
+
+    Args:
+        lr: see `Rule`.
+        momentum: see `Rule`.
+        dampening: how much less than whole a gradient enters the momentum after the first step, >= 0.
+        weight_decay: see `Rule`.
+        nesterov: look ahead along the momentum; needs momentum > 0 and dampening == 0.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.SGD(lr=0.1, momentum=0.9)
+        SGD(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False)
+
+    References:
+        Sutskever, Martens, Dahl & Hinton, "On the importance of initialization and momentum in deep learning", 2013,
+        https://proceedings.mlr.press/v28/sutskever13.html
+    """
+
+    _: KW_ONLY
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+    _kernels = ("Sgd", "SgdMomentum", "SgdNesterov")
+
+    def __post_init__(self) -> None:
+        """Checks what momentum's companions need."""
+        super().__post_init__()
+        if self.nesterov and not (self.momentum > 0 and self.dampening == 0):
+            raise ValueError("nesterov needs momentum > 0 and dampening == 0")
+
+    @property
+    def _kernel(self) -> str:
+        return "SgdNesterov" if self.nesterov else "SgdMomentum" if self.momentum else "Sgd"
+
+
+@dataclass(frozen=True)
+class Adam(InnerRule):
+    r"""Adam: steps scaled by running averages of the gradient and of its square.
+
+    $$d = g + \lambda p$$
+
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) d, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) d^2$$
+
+    $$p \leftarrow p - \eta \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}$$
+
+    AMSGrad puts the largest $v$ so far in place of $v$ in the last line.
+
+    State: `m`, `v`, and `v_max` with AMSGrad.
+
+    Args:
+        lr: see `Rule`.
+        betas: see `Rule`.
+        eps: see `Rule`.
+        weight_decay: see `Rule`.
+        amsgrad: divide by the largest second moment so far.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.Adam(lr=0.01).betas
+        (0.9, 0.999)
+
+    References:
+        Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, https://arxiv.org/abs/1412.6980
+        Reddi, Kale & Kumar, "On the Convergence of Adam and Beyond", 2018, https://arxiv.org/abs/1904.09237
+    """
+
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+
+    _kernels = ("Adam", "AdamAmsgrad")
+
+    @property
+    def _kernel(self) -> str:
+        return self._kernels[self.amsgrad]
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    r"""Adam with weight decay that is decoupled from the gradient.
+
+    $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2$$
+
+    $$p \leftarrow (1 - \eta \lambda) p - \eta \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}$$
+
+    The decay is torch's, $\eta \lambda$, where the paper's is $\lambda$ times a schedule. The default decay is torch's
+    too: 1e-2, where Keras has 4e-3 and optax 1e-4.
+
+    State: `m`, `v`, and `v_max` with AMSGrad.
+
+    Args:
+        lr: see `Rule`.
+        betas: see `Rule`.
+        eps: see `Rule`.
+        weight_decay: see `Rule`.
+        amsgrad: divide by the largest second moment so far.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.AdamW().weight_decay
+        0.01
+
+    References:
+        Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019, https://arxiv.org/abs/1711.05101
+    """
+
+    _: KW_ONLY
+    weight_decay: float = 1e-2
+
+    _kernels = ("AdamW", "AdamWAmsgrad")
+
+
+@dataclass(frozen=True)
+class RAdam(InnerRule):
+    r"""Rectified Adam: no adaptive step before the second moment can be trusted, so that no warm-up is needed.
+
+    With $d$, $m$ and $v$ as in `Adam`, $\rho_\infty = 2 / (1 - \beta_2) - 1$ and
+    $\rho_t = \rho_\infty - 2 t \beta_2^t / (1 - \beta_2^t)$: while $\rho_t \le 5$,
+
+    $$p \leftarrow p - \eta \frac{m}{1 - \beta_1^t}$$
+
+    and from then on
+
+    $$r = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho_t}}, \qquad
+    p \leftarrow p - \eta r \frac{m}{1 - \beta_1^t} \frac{\sqrt{1 - \beta_2^t}}{\sqrt{v} + \epsilon}$$
+
+    The threshold of 5 and the place of $\epsilon$ are torch's; the paper's threshold is 4.
+
+    State: `m`, `v`.
+
+    Args:
+        lr: see `Rule`.
+        betas: see `Rule`.
+        eps: see `Rule`.
+        weight_decay: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.RAdam(lr=3e-3)
+        RAdam(lr=0.003, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0)
+
+    References:
+        Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2020, https://arxiv.org/abs/1908.03265
+    """
+
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    _kernels = ("RAdam",)
