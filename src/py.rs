@@ -25,7 +25,7 @@ use numpy::{Element, PyArray1, PyUntypedArray};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::{MutexExt, PyOnceLock};
-use pyo3::types::{PyDict, PySlice, PyTuple, PyType, PyWeakrefReference};
+use pyo3::types::{IntoPyDict, PyDict, PySlice, PyTuple, PyType, PyWeakrefReference};
 
 use crate::error::Error;
 use crate::kernel::{CHUNK, Kept, Kernel, hold, sync};
@@ -311,10 +311,20 @@ struct Inner {
 }
 
 impl Inner {
-    /// Checks each parameter against what it was.
-    fn check_params(&self, py: Python<'_>) -> PyResult<()> {
+    /// Checks each parameter against what it was; where it was locked since, that may be `forgiven`.
+    fn check_params(&self, py: Python<'_>, forgiven: bool) -> Result<(), Error> {
         for (leaf, (array, _)) in self.leaves.iter().zip(&self.arrays) {
-            leaf.check_param(&header(array.bind(py), || leaf.name.clone())?)?;
+            let now =
+                header(array.bind(py), || leaf.name.clone()).map_err(|error| match error {
+                    Error::Dtype(name, now) | Error::ByteSwapped(name, now) => {
+                        Error::Changed(name, leaf.dtype.to_string(), now)
+                    }
+                    other => other,
+                })?;
+            leaf.check_param(&Header {
+                writeable: now.writeable || forgiven,
+                ..now
+            })?;
         }
         Ok(())
     }
@@ -487,7 +497,7 @@ impl Engine {
     /// Moves every leaf by its gradient, and syncs where that ends a cycle.
     fn step(&self, py: Python<'_>, grads: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
         let mut inner = self.take_fast()?;
-        inner.check_params(py)?;
+        inner.check_params(py, false)?;
         let has_grad = inner.check_grads(&grads)?;
         // SAFETY: all have just been checked; we hold the leaves, and `grads` holds the gradients.
         unsafe { inner.run(py, Work::Step(&has_grad))? };
@@ -501,7 +511,7 @@ impl Engine {
     /// Ends the cycle now, where one has begun.
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
         let mut inner = self.take_fast()?;
-        inner.check_params(py)?;
+        inner.check_params(py, false)?;
         if inner.in_cycle() {
             // SAFETY: the leaves have just been checked, and we hold them.
             unsafe { inner.run(py, Work::Sync)? };
@@ -544,11 +554,11 @@ impl Engine {
         let inner = self.wait(py)?;
         if inner.in_cycle() && !inner.inside_slow_weights {
             let row = inner.single.kernel.state.len();
-            return inner
-                .views(py)?
+            let views = inner.views(py)?;
+            return Ok(views
                 .into_iter()
-                .map(|leaf| leaf.get_item(row))
-                .collect();
+                .map(|mut leaf| leaf.swap_remove(row))
+                .collect());
         }
         inner
             .arrays
@@ -560,12 +570,8 @@ impl Engine {
     /// Read-only views of each leaf's state arrays, by name.
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
         let inner = self.wait(py)?;
-        let named = |leaf: Bound<'py, PyAny>| {
-            let state = PyDict::new(py);
-            for (row, name) in inner.single.kernel.state.iter().enumerate() {
-                state.set_item(name, leaf.get_item(row)?)?;
-            }
-            Ok(state)
+        let named = |leaf: Vec<Bound<'py, PyAny>>| {
+            inner.single.kernel.state.iter().zip(leaf).into_py_dict(py)
         };
         inner.views(py)?.into_iter().map(named).collect()
     }
@@ -583,7 +589,7 @@ struct SlowWeights {
 impl SlowWeights {
     fn __enter__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         let mut inner = self.engine.get().take_fast()?;
-        inner.check_params(py)?;
+        inner.check_params(py, false)?;
         if inner.in_cycle() {
             // SAFETY: as in `sync`.
             unsafe { inner.run(py, Work::Swap)? };
@@ -599,13 +605,7 @@ impl SlowWeights {
         if !inner.inside_slow_weights {
             return Err(Error::OutsideSlowWeights.into());
         }
-        for (leaf, (array, _)) in inner.leaves.iter().zip(&inner.arrays) {
-            let now = header(array.bind(py), || leaf.name.clone())?;
-            leaf.check_param(&Header {
-                writeable: true,
-                ..now
-            })?;
-        }
+        inner.check_params(py, true)?;
         if inner.in_cycle() {
             // SAFETY: as in `sync`; memory that was ours to write at the entry is ours still.
             unsafe { inner.run(py, Work::Swap)? };
@@ -616,29 +616,33 @@ impl SlowWeights {
 }
 
 impl Inner {
-    /// Our arrays for each leaf, along a new first axis of a view in the leaf's shape.
-    fn views<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let rows = self.single.kernel.state.len()
-            + usize::from(self.cycle.as_ref().is_some_and(Cycle::keeps_slow));
+    /// Read-only views of our arrays for each leaf, in the leaf's shape: the rule's state, then slow weights.
+    fn views<'py>(&self, py: Python<'py>) -> PyResult<Vec<Vec<Bound<'py, PyAny>>>> {
+        let keeps_slow = self.cycle.as_ref().is_some_and(Cycle::keeps_slow);
+        let arrays = self.single.kernel.state.len() + usize::from(keeps_slow);
         let (mut single, mut double) = (0, 0);
-        let view = |leaf: &Leaf| {
+        let mut of_leaf = |leaf: &Leaf| {
             let (arena, start) = match leaf.dtype {
                 Dtype::F32 => (self.single.arena.bind(py).as_any(), &mut single),
                 Dtype::F64 => (self.double.arena.bind(py).as_any(), &mut double),
             };
-            let end = *start + rows * leaf.len();
-            let run = PySlice::new(py, start.cast_signed(), end.cast_signed(), 1);
-            *start = end;
-            let walked = leaf.order.iter().map(|&axis| leaf.shape[axis]);
-            let shape = PyTuple::new(py, std::iter::once(rows).chain(walked).collect::<Vec<_>>())?;
-            let mut axes = vec![0; leaf.order.len() + 1];
+            let walked: Vec<usize> = leaf.order.iter().map(|&axis| leaf.shape[axis]).collect();
+            let mut axes = vec![0; leaf.order.len()];
             for (position, &axis) in leaf.order.iter().enumerate() {
-                axes[axis + 1] = position + 1;
+                axes[axis] = position;
             }
-            let view = arena.get_item(run)?.call_method1("reshape", (shape,))?;
-            read_only(view.call_method1("transpose", (PyTuple::new(py, axes)?,))?)
+            let view = |_| {
+                let end = *start + leaf.len();
+                let run = PySlice::new(py, start.cast_signed(), end.cast_signed(), 1);
+                *start = end;
+                let view = arena
+                    .get_item(run)?
+                    .call_method1("reshape", (PyTuple::new(py, &walked)?,))?;
+                read_only(view.call_method1("transpose", (PyTuple::new(py, &axes)?,))?)
+            };
+            (0..arrays).map(view).collect()
         };
-        self.leaves.iter().map(view).collect()
+        self.leaves.iter().map(&mut of_leaf).collect()
     }
 }
 

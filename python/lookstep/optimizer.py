@@ -152,4 +152,6 @@ class Optimizer(Generic[Params]):
 
     def __repr__(self) -> str:
         """The rule, and how far it has come."""
-        return f"Optimizer({len(self._structure.names)} leaves, {self._rule}, steps={self.steps}, syncs={self.syncs})"
+        count = len(self._structure.names)
+        leaves = "1 leaf" if count == 1 else f"{count} leaves"
+        return f"Optimizer({leaves}, {self._rule}, steps={self.steps}, syncs={self.syncs})"

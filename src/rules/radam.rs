@@ -22,10 +22,25 @@ rule!(
     },
 );
 
-/// The length of the simple average that the second moment stands for.
+/// The paper's rho: the length of the simple average that the second moment stands for, at most `rho_inf`.
+///
+/// It is `rho_inf - 2 t (1 - c) / c` with `c = 1 - b2^t`, which early on is a small difference of large numbers. With
+/// `x = -ln b2` it is also `t - 2 (E(t x) - E(x)) / x`, where `E(x) = x / (1 - exp(-x)) - 1 - x / 2` is small then.
 fn rho(b2: f64, t: f64) -> f64 {
-    let c2 = complement(b2, t);
-    rho_inf(b2) - 2.0 * t * (1.0 - c2) / c2
+    let x = -libm::log(b2);
+    if t * x < 0.25 {
+        t - 2.0 * (bernoulli(t * x) - bernoulli(x)) / x
+    } else {
+        let c = complement(b2, t);
+        rho_inf(b2) - 2.0 * t * (1.0 - c) / c
+    }
+}
+
+/// `E` by its series in Bernoulli numbers, to the last digit below one quarter.
+fn bernoulli(x: f64) -> f64 {
+    let y = x * x;
+    y * (1.0 / 12.0
+        - y * (1.0 / 720.0 - y * (1.0 / 30_240.0 - y * (1.0 / 1_209_600.0 - y / 47_900_160.0))))
 }
 
 fn rho_inf(b2: f64) -> f64 {
@@ -36,7 +51,8 @@ fn rho_inf(b2: f64) -> f64 {
 fn rectified(b2: f64, t: f64) -> f64 {
     let (rho, inf) = (rho(b2, t), rho_inf(b2));
     if rho > 5.0 {
-        ((rho - 4.0) * (rho - 2.0) * inf / ((inf - 4.0) * (inf - 2.0) * rho) * complement(b2, t)).sqrt()
+        let squared = (rho - 4.0) * (rho - 2.0) * inf / ((inf - 4.0) * (inf - 2.0) * rho);
+        (squared * complement(b2, t)).sqrt()
     } else {
         1.0
     }

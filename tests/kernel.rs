@@ -1,0 +1,253 @@
+//! Whatever the instruction set, the length and the place in an array: an element's bits are those that it has alone.
+
+use std::ops::Range;
+
+use lookstep::kernel::{CHUNK, Kept, Kernel, LANES, MAX_STATE, hold, sync};
+use lookstep::lookahead::{Blend, Cycle, Phase};
+use lookstep::rule::Float;
+use lookstep::rules::Compute;
+use lookstep::simd::Level;
+
+/// Fast weights, gradients, and the kept arrays (state, then slow weights).
+#[derive(Clone, Debug, PartialEq)]
+struct Arrays<F> {
+    p: Vec<F>,
+    g: Vec<F>,
+    kept: Vec<Vec<F>>,
+}
+
+impl<F: Float> Arrays<F> {
+    /// Numbers of many sizes, zeros and both signs among them; what stands for second moments is positive.
+    fn new(n: usize, states: usize) -> Self {
+        let mut seed = 1_u64;
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            #[allow(clippy::cast_precision_loss, reason = "any number will do")]
+            let unit = (seed >> 11) as f64 / (1_u64 << 53) as f64;
+            unit
+        };
+        let mut number = |sign: f64| {
+            let size = 10_f64.powf(next() * 8.0 - 6.0);
+            let zero = next() < 0.1;
+            F::round(if zero {
+                0.0
+            } else if next() < 0.5 {
+                size
+            } else {
+                sign * size
+            })
+        };
+        let mut array = |sign| (0..n).map(|_| number(sign)).collect::<Vec<_>>();
+        Self {
+            p: array(-1.0),
+            g: array(-1.0),
+            kept: (0..=states).map(|_| array(1.0)).collect(),
+        }
+    }
+
+    fn kept(&mut self) -> (&mut [F], &[F], Kept<'_, F>) {
+        let states = self.kept.len() - 1;
+        let mut arrays = self.kept.iter_mut().map(Vec::as_mut_slice);
+        let mut state: [&mut [F]; MAX_STATE] = Default::default();
+        for s in state.iter_mut().take(states) {
+            *s = arrays.next().unwrap();
+        }
+        (
+            &mut self.p,
+            &self.g,
+            Kept {
+                state,
+                slow: arrays.next().unwrap(),
+            },
+        )
+    }
+
+    fn step(&mut self, kernel: &Kernel<F>, level: Level, phase: Phase<Blend<F>>, scalars: &[F]) {
+        let (p, g, mut kept) = self.kept();
+        (kernel.step)(level, phase, scalars, p, g, &mut kept);
+    }
+
+    fn first(&self, n: usize) -> Self {
+        self.part(0..n)
+    }
+
+    fn part(&self, range: Range<usize>) -> Self {
+        let part = |array: &Vec<F>| array[range.clone()].to_vec();
+        Self {
+            p: part(&self.p),
+            g: part(&self.g),
+            kept: self.kept.iter().map(part).collect(),
+        }
+    }
+
+    /// Each element alone, at the baseline; what the phase adds is written out here once more.
+    fn one_by_one(&self, kernel: &Kernel<F>, phase: Phase<Blend<F>>, scalars: &[F]) -> Self {
+        let mut all = self.clone();
+        for i in 0..self.p.len() {
+            let mut one = self.part(i..i + 1);
+            one.step(kernel, Level::available()[0], Phase::Plain, scalars);
+            let slow = one.kept.last_mut().unwrap();
+            match phase {
+                Phase::Plain => {}
+                Phase::Start => slow[0] = self.p[i],
+                Phase::Sync(Blend::Stay) => one.p[0] = slow[0],
+                Phase::Sync(Blend::FromSlow(a)) => one.p[0] = slow[0] + a * (one.p[0] - slow[0]),
+                Phase::Sync(Blend::FromFast(a)) => one.p[0] = one.p[0] - (one.p[0] - slow[0]) * a,
+            }
+            all.p[i] = one.p[0];
+            for (array, value) in all.kept.iter_mut().zip(&one.kept) {
+                array[i] = value[0];
+            }
+        }
+        all
+    }
+}
+
+fn phases<F: Float>() -> [Phase<Blend<F>>; 5] {
+    let sync = |slow_step| Phase::Sync(Blend::new(slow_step));
+    [Phase::Plain, Phase::Start, sync(0.0), sync(0.3), sync(0.8)]
+}
+
+fn every_level_gives_each_element_its_bits<F: Compute + std::fmt::Debug>() {
+    let mut lengths: Vec<usize> = (0..=4 * LANES + 1).collect();
+    lengths.push(CHUNK + 1);
+    for kernel in F::kernels() {
+        let hyper: Vec<f64> = (1..=kernel.hyper.len())
+            .map(|i| 0.6 / f64::from(u8::try_from(i).unwrap()))
+            .collect();
+        let scalars = (kernel.scalars)(&hyper, 7.0);
+        for phase in phases() {
+            let start = Arrays::new(CHUNK + 1, kernel.state.len());
+            let end = start.one_by_one(&kernel, phase, &scalars);
+            for &n in &lengths {
+                for level in Level::available() {
+                    let mut arrays = start.first(n);
+                    arrays.step(&kernel, level, phase, &scalars);
+                    assert!(
+                        arrays == end.first(n),
+                        "{} {level:?} {phase:?} {n}",
+                        kernel.name
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_level_gives_each_f32_its_bits() {
+    every_level_gives_each_element_its_bits::<f32>();
+}
+
+#[test]
+fn every_level_gives_each_f64_its_bits() {
+    every_level_gives_each_element_its_bits::<f64>();
+}
+
+#[test]
+fn a_step_moves_what_it_should() {
+    for kernel in f32::kernels() {
+        let hyper = vec![0.5; kernel.hyper.len()];
+        let start = Arrays::new(LANES, kernel.state.len());
+        let mut arrays = start.clone();
+        arrays.step(
+            &kernel,
+            Level::best(),
+            Phase::Plain,
+            &(kernel.scalars)(&hyper, 9.0),
+        );
+        assert_ne!(arrays.p, start.p, "{}", kernel.name);
+        assert_eq!(
+            arrays.kept.last(),
+            start.kept.last(),
+            "slow weights move at a sync only"
+        );
+    }
+}
+
+#[test]
+fn a_leaf_without_a_gradient_takes_part_in_the_cycle_alone() {
+    let mut p = [1.0, f32::INFINITY, 3.0];
+    let mut slow = [0.0; 3];
+    hold(Level::best(), Phase::Plain, &mut p, &mut slow);
+    assert_eq!((p[0], slow), (1.0, [0.0; 3]));
+    hold(Level::best(), Phase::Start, &mut p, &mut slow);
+    assert_eq!(slow, p);
+    p[0] = 3.0;
+    hold(
+        Level::best(),
+        Phase::Sync(Blend::new(0.5)),
+        &mut p,
+        &mut slow,
+    );
+    assert_eq!(p[0], 2.0);
+}
+
+#[test]
+fn a_sync_is_exact_at_both_ends() {
+    let slow = [0.1_f32, -7.3e8, 1e-30, 5.5];
+    let fast = [3.3e7_f32, 0.2, -1e30, f32::NAN];
+    for level in Level::available() {
+        let mut p = fast;
+        sync(level, Blend::new(0.0), &mut p, &slow);
+        assert_eq!(p, slow);
+        let mut p = fast;
+        sync(level, Blend::new(1.0), &mut p, &slow);
+        assert_eq!(p[..3], fast[..3]);
+    }
+}
+
+#[test]
+fn a_cycle_starts_and_syncs_where_the_paper_does() {
+    let plans = |period, slow_step, steps: usize| -> Vec<_> {
+        let mut cycle = Cycle::new(period, slow_step);
+        let plan = |_| {
+            let plan = cycle.plan::<f32>();
+            cycle.advance();
+            plan
+        };
+        (0..steps).map(plan).collect()
+    };
+    let half = Blend::FromFast(0.5);
+    let (plain, start, sync) = (
+        (Phase::Plain, None),
+        (Phase::Start, None),
+        (Phase::Sync(half), None),
+    );
+    assert_eq!(
+        plans(3, 0.5, 7),
+        [start, plain, sync, start, plain, sync, start]
+    );
+    assert_eq!(plans(3, 1.0, 4), [start, plain, plain, start]);
+    assert_eq!(plans(1, 0.5, 2), [(Phase::Start, Some(half)); 2]);
+    assert_eq!(plans(1, 1.0, 2), [plain; 2]);
+}
+
+#[test]
+fn state_saturates_and_drops_denormals() {
+    use lookstep::rule::stored;
+    for level_zero in [0.0_f32, -0.0, 1e-40, -1e-40] {
+        assert_eq!(stored(level_zero).to_bits(), 0.0_f32.to_bits());
+    }
+    assert_eq!(stored(f32::INFINITY), f32::MAX);
+    assert_eq!(stored(-f32::MIN_POSITIVE), -f32::MIN_POSITIVE);
+    assert!(stored(f32::NAN).is_nan());
+}
+
+#[test]
+fn bias_corrections_keep_their_digits() {
+    use lookstep::rule::complement;
+    // 1 - 0.999^1 and its like, by exact arithmetic; a difference of powers loses what is in the last digits here.
+    for (b, t, exact) in [
+        (0.999, 1.0, 1e-3),
+        (0.999, 2.0, 1.999e-3),
+        (0.9, 3.0, 0.271),
+        (0.5, 10.0, 1023.0 / 1024.0),
+        (0.0, 1.0, 1.0),
+        (0.999, 1e300, 1.0),
+    ] {
+        let error = (complement(b, t) - exact) / exact;
+        // The nearest doubles to 0.9 and 0.999 are themselves off by up to an ulp, which 1 - b magnifies by b / (1 - b).
+        assert!(error.abs() < 1e3 * f64::EPSILON, "{b} {t} {error:e}");
+    }
+}
