@@ -1,5 +1,7 @@
 //! Whatever the instruction set, the length and the place in an array: an element's bits are those that it has alone.
 
+#![allow(clippy::float_cmp, reason = "equal bits are what is claimed")]
+
 use std::ops::Range;
 
 use lookstep::kernel::{CHUNK, Kept, Kernel, LANES, MAX_STATE, hold, sync};
