@@ -1,0 +1,91 @@
+"""What the package promises beside its arithmetic: a light import, examples that run, one version."""
+
+import doctest
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import lookstep
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python(code):
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_lookstep_imports_numpy_and_nothing_else():
+    code = """if True:
+        import sys, numpy
+        before = set(sys.modules)
+        import lookstep
+        print({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"""
+    assert python(code) == "{'lookstep'}\n"
+
+
+def test_importing_lookstep_leaves_the_process_as_it_was():
+    code = """if True:
+        import locale, resource, signal, sys, threading, numpy
+        def process():
+            handlers = [signal.getsignal(s) for s in signal.valid_signals()]
+            tiny = numpy.float32(1e-40) * numpy.float32(1) > 0
+            limits = [resource.getrlimit(getattr(resource, n)) for n in dir(resource) if n.startswith("RLIMIT")]
+            threads = open("/proc/self/status").read().partition("Threads:")[2].split()[0]
+            return handlers, tiny, limits, threads, locale.setlocale(locale.LC_ALL), numpy.geterr(), sys.excepthook
+        before = process()
+        import lookstep
+        opt = lookstep.Optimizer(numpy.ones(10), lookstep.Adam())
+        opt.step(numpy.ones(10))
+        print(process() == before)"""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    assert python(code) == "True\n"
+
+
+MODULES = ["lookstep", *(f"lookstep.{module.name}" for module in pkgutil.iter_modules(lookstep.__path__))]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("_core", "__main__"))])
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", lookstep.__all__)
+def test_what_is_public_is_documented(name):
+    assert name == "__version__" or "Example:" in getattr(lookstep, name).__doc__
+
+
+def test_python_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert snippets
+    namespace: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    links += re.findall(r'src="([^"]+)"', README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_version_is_that_of_the_crate():
+    version = tomllib.loads((ROOT / "Cargo.toml").read_text(encoding="utf-8"))["package"]["version"]
+    assert version == lookstep.__version__ == importlib.metadata.version("lookstep")
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(lookstep.__file__).parent / "py.typed").exists()
