@@ -1,13 +1,12 @@
 //! The kernels alone, on one thread: every rule, in f32, plain and on a sync step, at every instruction set.
 //!
 //! `cargo bench --no-default-features` runs all; add a rule's name to run its rows only. GB/s counts the bytes that a
-//! step has to move: what it reads, and what it writes, once each.
+//! step has to move: what it reads, and what it writes, once each. Each row is first held to the bits of the baseline.
 
 use divan::counter::BytesCount;
 use divan::{Bencher, Divan};
 use lookstep::kernel::{CHUNK, Kept, Kernel};
 use lookstep::lookahead::{Blend, Phase};
-
 use lookstep::rules::Compute;
 use lookstep::simd::Level;
 
@@ -28,57 +27,74 @@ struct Row {
 impl std::fmt::Display for Row {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let sync = if self.phase == SYNC { "+sync" } else { "" };
-        write!(
-            f,
-            "{}{sync} {:?} {}",
-            self.kernel.name, self.level, self.size
-        )
+        write!(f, "{}{sync} {} {}", self.kernel.name, self.level, self.size)
     }
 }
 
 fn rows() -> impl Iterator<Item = Row> {
-    SIZES.into_iter().flat_map(|size| {
-        f32::kernels().into_iter().flat_map(move |kernel| {
-            Level::available()[1..]
-                .to_vec()
-                .into_iter()
-                .flat_map(move |level| {
-                    [Phase::Plain, SYNC].map(|phase| Row {
-                        kernel,
-                        phase,
-                        level,
-                        size,
-                    })
-                })
-        })
-    })
+    let mut rows = Vec::new();
+    for size in SIZES {
+        for kernel in f32::kernels() {
+            for level in Level::available() {
+                rows.extend([Phase::Plain, SYNC].map(|phase| Row {
+                    kernel,
+                    phase,
+                    level,
+                    size,
+                }));
+            }
+        }
+    }
+    rows.into_iter()
+}
+
+/// All arrays of a row.
+struct Arrays {
+    p: Vec<f32>,
+    g: Vec<f32>,
+    state: Vec<Vec<f32>>,
+    slow: Vec<f32>,
+}
+
+impl Arrays {
+    fn new(row: &Row) -> Self {
+        Self {
+            p: vec![1.0; row.size],
+            g: vec![0.5; row.size],
+            state: vec![vec![0.0; row.size]; row.kernel.state.len()],
+            slow: vec![2.0; if row.phase == SYNC { row.size } else { 0 }],
+        }
+    }
+
+    fn bytes(&self) -> BytesCount {
+        let slow = 2 * usize::from(!self.slow.is_empty());
+        BytesCount::of_many::<f32>((3 + 2 * self.state.len() + slow) * self.p.len())
+    }
+
+    fn step(&mut self, row: &Row, level: Level, scalars: &[f32]) {
+        let mut arrays = self.state.iter_mut();
+        let state = std::array::from_fn(|_| arrays.next().map_or(&mut [][..], |s| s));
+        let mut kept = Kept {
+            state,
+            slow: &mut self.slow,
+        };
+        for (p, g) in self.p.chunks_mut(CHUNK).zip(self.g.chunks(CHUNK)) {
+            (row.kernel.step)(level, row.phase, scalars, p, g, &mut kept.take(p.len()));
+        }
+    }
 }
 
 #[divan::bench(args = rows(), max_time = 0.1)]
 fn step(bencher: Bencher, row: &Row) {
-    let Row {
-        kernel,
-        phase,
-        level,
-        size,
-    } = row;
-    let hyper = vec![0.5; kernel.hyper.len()];
-    let scalars = (kernel.scalars)(&hyper, 1.0);
-    let mut p = vec![1.0; *size];
-    let g = vec![0.5; *size];
-    let mut slow = vec![1.0; if *phase == SYNC { *size } else { 0 }];
-    let mut state = vec![vec![0.0; *size]; kernel.state.len()];
-    let streams = 3 + 2 * state.len() + 2 * usize::from(*phase == SYNC);
-    let bytes = BytesCount::of_many::<f32>(streams * size);
-    bencher.counter(bytes).bench_local(|| {
-        let mut arrays = state.iter_mut();
-        let state = std::array::from_fn(|_| arrays.next().map_or(&mut [][..], |s| s));
-        let mut kept = Kept {
-            state,
-            slow: &mut slow,
-        };
-        for (p, g) in p.chunks_mut(CHUNK).zip(g.chunks(CHUNK)) {
-            (kernel.step)(*level, *phase, &scalars, p, g, &mut kept.take(p.len()));
-        }
-    });
+    let scalars = (row.kernel.scalars)(&vec![0.5; row.kernel.hyper.len()], 1.0);
+    let (mut arrays, mut baseline) = (Arrays::new(row), Arrays::new(row));
+    arrays.step(row, row.level, &scalars);
+    baseline.step(row, Level::available()[0], &scalars);
+    assert!(
+        arrays.p == baseline.p && arrays.state == baseline.state,
+        "{row}"
+    );
+    bencher
+        .counter(arrays.bytes())
+        .bench_local(|| arrays.step(row, row.level, &scalars));
 }
