@@ -1,6 +1,6 @@
 """Time of a step: lookstep beside NumPy, torch and optax, and all of them beside the memory limit.
 
-    python benches/step.py            # every rule, size and engine: a quarter of an hour, 12 GB
+    python benches/step.py            # every rule, size and engine: a quarter of an hour, 10 GB
     python benches/step.py --rule AdamW --size 1e6/60 --engine lookstep --engine torch-fused
     python benches/step.py --quick    # the small sizes, few rounds: does everything run, and is it right?
 
@@ -164,9 +164,10 @@ class Missing(Exception):
 
 
 def need(module: str) -> Any:
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise Missing("not installed")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Missing(error) from error
 
 
 def lookstep_engine(row: Row, arrays: Arrays, threads: int) -> Contender:
@@ -259,7 +260,7 @@ def optax_engine(row: Row, arrays: Arrays, threads: int) -> Contender:
     if row.lookahead:
         rule = optax.lookahead(rule, row.cycle, row.lookahead.slow_step)
         params = optax.LookaheadParams(params, copy())
-    state, grads = rule.init(params), []
+    state, grads = rule.init(params), list[Any]()
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def update(params: Any, state: Any, grads: Any) -> Any:
@@ -293,7 +294,7 @@ def limit_library() -> Any:
     command = "cargo build --release --no-default-features --example limit --message-format json"
     built = subprocess.run(command.split(), cwd=Path(__file__).parent, capture_output=True, text=True)
     if built.returncode:
-        raise Missing(f"cargo could not build it\n{built.stderr}")
+        raise Missing(next(line for line in built.stderr.splitlines() if line.startswith("error")))
     artifacts = [json.loads(line) for line in built.stdout.splitlines()]
     return ctypes.CDLL(next(a["filenames"][0] for a in artifacts if a.get("target", {}).get("name") == "limit"))
 

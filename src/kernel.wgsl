@@ -17,10 +17,13 @@ struct Uniforms {
 @group(0) @binding(2) var<storage, read> g_array: array<f32>;
 «arrays»
 
-// See `stored` in rule.rs.
+// See `finite` and `stored` in rule.rs.
+fn finite(x: f32) -> f32 {
+    return min(x, 0x1.fffffep+127f);
+}
+
 fn stored(x: f32) -> f32 {
-    let y = min(x, 0x1.fffffep+127f);
-    return select(y, 0.0, abs(y) < 0x1p-126f);
+    return select(x, 0.0, abs(x) < 0x1p-126f);
 }
 
 // See `Blend` in lookahead.rs.

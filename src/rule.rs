@@ -1,7 +1,7 @@
 //! An update rule as one text: compiled for `f32` and `f64`, and kept as the WGSL of the same lines.
 //!
 //! A body is element-wise: `let`, assignment to `p` and the state, `if`/`else`, `+ - * /`, comparisons, float literals
-//! with a point, and the builtins below, which bear WGSL's names. Whatever depends on the step alone is a scalar. There
+//! with a point, and the builtins below, which bear WGSL's names (`finite` stands in the shader too). Whatever depends on the step alone is a scalar. There
 //! is no `fma`: plain products and sums make every instruction set agree bit for bit.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
@@ -205,11 +205,16 @@ pub fn select<F: Float>(no: F, yes: F, cond: bool) -> F {
     if cond { yes } else { no }
 }
 
-/// What a state array keeps of `x`: the largest finite number in place of infinity, so that one huge gradient does not
-/// freeze a parameter for ever, and zero in place of a denormal, so that a dead row is not slower than a live one.
+/// `x`, or the largest finite number in place of infinity: a second moment that saturates does not freeze its parameter
+/// for ever after one huge gradient.
+#[inline(always)]
+pub fn finite<F: Float>(x: F) -> F {
+    if x > F::MAX { F::MAX } else { x }
+}
+
+/// What a state array keeps of `x`: zero in place of a denormal, so that a dead row is not slower than a live one.
 #[inline(always)]
 pub fn stored<F: Float>(x: F) -> F {
-    let x = if x > F::MAX { F::MAX } else { x };
     if x.magnitude() < F::MIN_POSITIVE {
         F::default()
     } else {

@@ -226,12 +226,13 @@ fn a_cycle_starts_and_syncs_where_the_paper_does() {
 }
 
 #[test]
-fn state_saturates_and_drops_denormals() {
-    use lookstep::rule::stored;
+fn state_drops_denormals_and_second_moments_saturate() {
+    use lookstep::rule::{finite, stored};
     for level_zero in [0.0_f32, -0.0, 1e-40, -1e-40] {
         assert_eq!(stored(level_zero).to_bits(), 0.0_f32.to_bits());
     }
-    assert_eq!(stored(f32::INFINITY), f32::MAX);
+    assert_eq!(finite(f32::INFINITY), f32::MAX);
+    assert!(finite(f32::NAN).is_nan());
     assert_eq!(stored(-f32::MIN_POSITIVE), -f32::MIN_POSITIVE);
     assert!(stored(f32::NAN).is_nan());
 }

@@ -11,6 +11,7 @@ Tree: TypeAlias = "np.ndarray[Any, Any] | Mapping[Any, Tree] | Sequence[Tree]"
 """An array, or a list, tuple or dict of trees."""
 
 _Path = tuple[str | int, ...]
+_Leaves = list[Any] | tuple[Any, ...]
 
 
 def label(root: str, path: _Path) -> str:
@@ -48,7 +49,7 @@ class Structure:
             raise ValueError(f'params has two leaves of the path "{twice[0]}": rename one of them')
         self._read = _reader(self._node)
 
-    def leaves(self, tree: Any, root: str = "grads") -> Sequence[Any]:
+    def leaves(self, tree: Any, root: str = "grads") -> _Leaves:
         """The leaves of a tree of this structure, in the order of `names`.
 
         Raises:
@@ -91,7 +92,7 @@ def _explore(tree: Any, path: _Path) -> tuple[_Node | None, list[_Path]]:
     return None, [path]
 
 
-_Reader = Callable[[Any], Sequence[Any] | None]
+_Reader = Callable[[Any], _Leaves | None]
 
 
 def _reader(node: _Node | None) -> _Reader:
@@ -104,11 +105,11 @@ def _reader(node: _Node | None) -> _Reader:
     of_dict: Any = itemgetter(*node.keys) if size > 1 else lambda tree: [tree[key] for key in node.keys]
     inner = [_reader(child) if child else None for child in node.children] if any(node.children) else []
 
-    def read(tree: Any) -> Sequence[Any] | None:
+    def read(tree: Any) -> _Leaves | None:
         if not isinstance(tree, kind) or len(tree) != size:
             return None
         try:
-            values: Sequence[Any] = of_dict(tree) if kind is dict else tree
+            values: _Leaves = of_dict(tree) if kind is dict else tree
         except KeyError:
             return None
         return _flatten(inner, values) if inner else values
@@ -116,7 +117,7 @@ def _reader(node: _Node | None) -> _Reader:
     return read
 
 
-def _flatten(inner: list[_Reader | None], values: Sequence[Any]) -> list[Any] | None:
+def _flatten(inner: list[_Reader | None], values: _Leaves) -> list[Any] | None:
     leaves: list[Any] = []
     for read, value in zip(inner, values, strict=True):
         if read is None:

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::inner::Inner;
 use crate::error::Error;
@@ -58,7 +58,11 @@ impl Engine {
     }
 
     /// Moves every leaf by its gradient, and syncs where that ends a cycle.
-    fn step(&self, py: Python<'_>, grads: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+    fn step(&self, py: Python<'_>, grads: &Bound<'_, PyAny>) -> PyResult<()> {
+        let grads: Vec<_> = match grads.cast::<PyList>() {
+            Ok(list) => list.iter().collect(),
+            Err(_) => grads.cast::<PyTuple>()?.iter().collect(),
+        };
         self.take_fast()?.step(py, &grads)
     }
 

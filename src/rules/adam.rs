@@ -1,7 +1,7 @@
 //! Adam (Kingma & Ba, 2015, Algorithm 1), <https://arxiv.org/abs/1412.6980>; `AMSGrad` (Reddi, Kale & Kumar, 2018),
 //! <https://arxiv.org/abs/1904.09237>. A zero denominator means a zero gradient, so the update is zero.
 
-use crate::rule::{complement, max, rule, select, sqrt};
+use crate::rule::{complement, finite, max, rule, select, sqrt};
 
 rule!(
     Adam,
@@ -16,7 +16,7 @@ rule!(
     |p, g| {
         let d = select(g + weight_decay * p, g, weight_decay == 0.0);
         m = b1 * m + a1 * d;
-        v = b2 * v + a2 * (d * d);
+        v = finite(b2 * v + a2 * (d * d));
         let z = sqrt(v) * root + eps;
         p = p - select(size * m / z, 0.0, z == 0.0);
     },
@@ -35,7 +35,7 @@ rule!(
     |p, g| {
         let d = select(g + weight_decay * p, g, weight_decay == 0.0);
         m = b1 * m + a1 * d;
-        v = b2 * v + a2 * (d * d);
+        v = finite(b2 * v + a2 * (d * d));
         v_max = max(v_max, v);
         let z = sqrt(v_max) * root + eps;
         p = p - select(size * m / z, 0.0, z == 0.0);

@@ -1,7 +1,7 @@
 //! `AdamW` (Loshchilov & Hutter, 2019, Algorithm 2), <https://arxiv.org/abs/1711.05101>, with torch's decay, `lr` times
 //! `weight_decay`. A zero denominator means a zero gradient, so the update is zero.
 
-use crate::rule::{complement, max, rule, select, sqrt};
+use crate::rule::{complement, finite, max, rule, select, sqrt};
 
 rule!(
     AdamW,
@@ -16,7 +16,7 @@ rule!(
     ),
     |p, g| {
         m = b1 * m + a1 * g;
-        v = b2 * v + a2 * (g * g);
+        v = finite(b2 * v + a2 * (g * g));
         let z = sqrt(v) * root + eps;
         p = keep * p - select(size * m / z, 0.0, z == 0.0);
     },
@@ -35,7 +35,7 @@ rule!(
     ),
     |p, g| {
         m = b1 * m + a1 * g;
-        v = b2 * v + a2 * (g * g);
+        v = finite(b2 * v + a2 * (g * g));
         v_max = max(v_max, v);
         let z = sqrt(v_max) * root + eps;
         p = keep * p - select(size * m / z, 0.0, z == 0.0);

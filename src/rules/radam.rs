@@ -1,7 +1,7 @@
 //! `RAdam` (Liu et al., 2020, Algorithm 2), <https://arxiv.org/abs/1908.03265>, in torch's form: the step is adaptive
 //! once rho is over 5 (the paper: 4). A zero denominator means a zero gradient, so the update is zero.
 
-use crate::rule::{complement, rule, select, sqrt};
+use crate::rule::{complement, finite, rule, select, sqrt};
 
 rule!(
     RAdam,
@@ -16,7 +16,7 @@ rule!(
     |p, g| {
         let d = select(g + weight_decay * p, g, weight_decay == 0.0);
         m = b1 * m + a1 * d;
-        v = b2 * v + a2 * (d * d);
+        v = finite(b2 * v + a2 * (d * d));
         let z = select(1.0, sqrt(v) + eps, adaptive > 0.0);
         p = p - select(size * m / z, 0.0, z == 0.0);
     },
