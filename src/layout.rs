@@ -69,25 +69,32 @@ impl Layout {
         if self.is_empty() {
             return 0..0;
         }
+        // Saturating, because an array may claim strides that no memory has; a gradient or leaf that does, meets all others.
         let reach = |keep: fn(&isize) -> bool| {
-            let ends = self
-                .axes
+            let end =
+                |&(size, stride): &(usize, isize)| stride.saturating_mul(size.cast_signed() - 1);
+            self.axes
                 .iter()
-                .map(|&(size, stride)| (size.cast_signed() - 1) * stride);
-            ends.filter(keep).sum::<isize>()
+                .map(end)
+                .filter(keep)
+                .fold(0, isize::saturating_add)
         };
-        reach(|end| *end < 0)..reach(|end| *end > 0) + self.item.cast_signed()
+        reach(|end| *end < 0)..reach(|end| *end > 0).saturating_add(self.item.cast_signed())
     }
 
     /// Whether two elements share a byte.
     #[must_use]
     pub fn overlaps_itself(&self) -> bool {
+        let span = self.span();
+        if self.len().saturating_mul(self.item) > span.end.abs_diff(span.start) {
+            return true; // More bytes than there is room for.
+        }
         let mut axes = self.axes.clone();
         axes.sort_by_key(|&(_, stride)| stride.unsigned_abs());
         let mut inner = self.item;
         let nested = axes.iter().all(|&(size, stride)| {
             let fits = stride.unsigned_abs() >= inner;
-            inner += stride.unsigned_abs() * (size.max(1) - 1);
+            inner = inner.saturating_add(stride.unsigned_abs().saturating_mul(size.max(1) - 1));
             fits
         });
         // Axes that do not nest may still interleave without touching; such layouts are rare enough to be counted out.
@@ -164,6 +171,8 @@ mod tests {
     fn layouts_overlap_themselves_where_two_elements_share_a_byte() {
         for (shape, strides, overlaps) in [
             (&[3][..], &[0][..], true),
+            (&[1 << 60], &[0], true),
+            (&[1 << 40, 2], &[4, 4], true),
             (&[3], &[2], true),
             (&[3], &[-4], false),
             (&[2, 2], &[4, 4], true),

@@ -211,9 +211,9 @@ impl Leaf {
         Ok(spans.touching(&self.g.span()))
     }
 
-    /// Forgets the last gradient, so that the next one is checked in full.
-    pub fn forget_grad(&mut self) {
-        self.g.data = 0;
+    /// Forgets where the last gradient was, so that the next one is checked in full; returns where.
+    pub fn forget_grad(&mut self) -> usize {
+        std::mem::take(&mut self.g.data)
     }
 }
 

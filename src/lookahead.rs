@@ -49,8 +49,8 @@ impl Cycle {
     /// slow weights must be taken before they can meet the fast ones). A sync that leaves fast where it is, is no work.
     #[must_use]
     pub fn plan<F: Float>(&self) -> (Phase<Blend<F>>, Option<Blend<F>>) {
-        let sync = (self.done + 1 == self.period && self.slow_step < 1.0)
-            .then(|| Blend::new(self.slow_step));
+        let ends = self.done + 1 == self.period;
+        let sync = ends.then(|| Blend::new(self.slow_step)).flatten();
         match (self.done == 0, sync) {
             (true, _) if !self.keeps_slow() => (Phase::Plain, None),
             (true, sync) => (Phase::Start, sync),
@@ -86,15 +86,17 @@ pub enum Blend<F> {
 }
 
 impl<F: Float> Blend<F> {
-    /// The arithmetic for `slow_step` in [0, 1].
+    /// The arithmetic for `slow_step` in [0, 1]; none at 1, where fast weights stay.
     #[must_use]
-    pub fn new(slow_step: f64) -> Self {
+    pub fn new(slow_step: f64) -> Option<Self> {
         if slow_step <= 0.0 {
-            Self::Stay
+            Some(Self::Stay)
         } else if slow_step < 0.5 {
-            Self::FromSlow(F::round(slow_step))
+            Some(Self::FromSlow(F::round(slow_step)))
+        } else if slow_step < 1.0 {
+            Some(Self::FromFast(F::round(1.0 - slow_step)))
         } else {
-            Self::FromFast(F::round(1.0 - slow_step))
+            None
         }
     }
 }

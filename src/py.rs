@@ -40,8 +40,10 @@ impl From<Error> for PyErr {
             | Error::Count(..)
             | Error::ReadOnly(..)
             | Error::OverlapsItself(..)
+            | Error::Overflow
             | Error::SharesMemory(..) => PyValueError::new_err(text),
             Error::Changed(..)
+            | Error::Unsteady
             | Error::Busy
             | Error::InsideSlowWeights
             | Error::OutsideSlowWeights

@@ -1,6 +1,7 @@
 """Bad input gets an error that names the leaf and the cure, before a byte is written."""
 
 import re
+from collections import defaultdict
 from contextlib import contextmanager
 from fractions import Fraction
 
@@ -64,7 +65,10 @@ def test_betas_out_of_range(rule, betas, text):
         rule(betas=betas)
 
 
-@pytest.mark.parametrize(("betas", "text"), [(0.9, "betas must be 2 real"), (("a", 0.9), "betas[0] must be a real")])
+@pytest.mark.parametrize(
+    ("betas", "text"),
+    [(0.9, "betas must be 2 real"), (("a", 0.9), "betas[0] must be a real"), ({0.9, 0.99}, "betas must be 2 real")],
+)
 def test_betas_of_another_type(betas, text):
     with refuses(TypeError, text):
         ls.Adam(betas=betas)
@@ -395,3 +399,71 @@ def test_errors_do_not_count_as_steps(trained):
     for _ in range(2):
         trained.opt.step(trained.grads())
     assert (trained.opt.steps, trained.opt.syncs) == (8, 2)
+
+
+def test_a_leaf_that_another_array_was_put_in_place_of(trained):
+    held = trained.params["w"]
+    trained.params["w"] = held + 1
+    for call in (
+        lambda: [trained.opt.step(trained.grads()) for _ in range(33)],
+        trained.opt.sync,
+        trained.opt.slow_weights,
+    ):
+        with refuses(RuntimeError, 'params["w"] is another array', "w[...] = new"):
+            call()
+    trained.params["w"] = held
+    trained.opt.step(trained.grads())
+
+
+def test_a_dict_that_makes_gradients_up():
+    opt = ls.Optimizer({"w": np.ones(2), "b": np.ones(2)}, ls.SGD())
+    grads = defaultdict(lambda: np.zeros(2), {"w": np.ones(2), "bias": np.ones(2)})
+    with refuses(ValueError, 'grads["b"] is missing'):
+        opt.step(grads)
+    assert list(grads) == ["w", "bias"]
+    opt.step(defaultdict(list, {"w": np.ones(2), "b": np.ones(2)}))
+
+
+def test_a_gradient_that_changes_while_it_is_checked():
+    """The class of an array must not run code between the checks and the step."""
+
+    class Liar(np.ndarray):
+        @property
+        def __class__(self):
+            first.resize(1, refcheck=False)
+            return np.memmap
+
+    first = np.ones(100_000)
+    opt = ls.Optimizer([np.ones(100_000), np.ones(2)], ls.SGD())
+    with refuses(TypeError, "grads[1] is a Liar"):
+        opt.step([first, np.ones(2).view(Liar)])
+
+
+def test_a_subclass_of_memmap_does_not_say_what_it_shares(tmp_path):
+    class Liar(np.memmap):
+        def __array_function__(self, *_):
+            return False
+
+    p = np.memmap(tmp_path / "w", "f4", "w+", shape=4)
+    with refuses(TypeError, "params[1] is a Liar"):
+        ls.Optimizer([p, p.view(Liar)], ls.SGD())
+
+
+@pytest.mark.parametrize("shape", [(2**60,), (2**44,), (2**30, 2)])
+def test_more_elements_than_memory(shape):
+    with refuses(ValueError, "params overlaps itself"):
+        ls.Optimizer(np.lib.stride_tricks.as_strided(np.zeros(2, "f4"), shape, (0, 4)[: len(shape)]), ls.SGD())
+
+
+@pytest.mark.parametrize("rule", [ls.SGD(lr=1e39), ls.Adam(lr=3e38), ls.SGD(weight_decay=1e39)], ids=repr)
+def test_hyper_parameters_that_float32_cannot_hold(rule):
+    ls.Optimizer(np.ones(1), rule)
+    with refuses(ValueError, "too large for float32"):
+        ls.Optimizer(np.ones(1, "f4"), rule)
+
+
+def test_a_tree_that_contains_itself():
+    params = []
+    params.append(params)
+    with refuses(ValueError, "nested too deeply, or contains itself"):
+        ls.Optimizer(params, ls.SGD())

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import signal
 import threading
 import weakref
@@ -83,6 +84,15 @@ def test_inside_slow_weights_nothing_may_move():
         opt.slow_weights().__exit__(None, None, None)
 
 
+def test_only_the_context_that_was_entered_can_be_left():
+    p, opt = stepped(2)
+    with opt.slow_weights():
+        with pytest.raises(RuntimeError, match="not entered"):
+            opt.slow_weights().__exit__(None, None, None)
+        assert p.tolist() == [10, 20]
+    assert p.tolist() == [8, 18]
+
+
 def test_fast_weights_come_back_into_an_array_that_was_locked_inside():
     p, opt = stepped(2)
     with opt.slow_weights():
@@ -116,6 +126,17 @@ def test_sync_ends_the_cycle_now():
     plain, opt = stepped(2, ls.SGD(lr=1.0))
     opt.sync()
     assert (plain.tolist(), opt.syncs) == ([8, 18], 0)
+
+
+@pytest.mark.parametrize("value", [np.inf, 3e38, -0.0])
+def test_sync_at_a_slow_step_of_one_leaves_every_bit(value):
+    p = np.array([-3e38, 1.0], "f4")
+    opt = ls.Optimizer(p, ls.Lookahead(ls.SGD(lr=1.0), slow_step=1.0))
+    opt.step(np.zeros(2, "f4"))
+    p[0] = value
+    before = p.tobytes()
+    opt.sync()
+    assert (p.tobytes(), opt.syncs) == (before, 1)
 
 
 def test_lr_is_live():
@@ -155,6 +176,11 @@ def test_views_are_read_only(steps):
     for view in (opt.slow, opt.state[""]["m"]):
         with pytest.raises(ValueError, match="read-only"):
             view[0] = 1
+    m = opt.state[""]["m"]
+    with pytest.raises(ValueError, match="cannot set WRITEABLE flag to True"):
+        m.flags.writeable = True
+    with pytest.raises(ValueError, match="cannot resize"):
+        m.base.resize(1000, refcheck=False)
 
 
 def test_views_of_transposed_arrays_pair_by_index():
@@ -191,6 +217,13 @@ def test_rules_are_data():
         rule.sync_period = 3
 
 
+@pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_optimizer_is_not_copied(copies):
+    _, opt = stepped(1)
+    with pytest.raises(TypeError, match="bound to its arrays"):
+        copies(opt)
+
+
 def test_repr_says_how_far_it_is():
     _, opt = stepped(4)
     assert repr(opt) == f"Optimizer(1 leaf, {LOOKAHEAD}, steps=4, syncs=1)"
@@ -225,16 +258,34 @@ def test_another_thread_runs_during_a_step_and_may_not_step():
     assert opt.steps == 1 + ticks - len(refused)
 
 
-def test_reading_counters_waits_for_the_step():
+def test_counters_can_be_read_during_a_step():
     p, g = np.zeros(BIG, "f4"), np.ones(BIG, "f4")
     opt = ls.Optimizer(p, ls.SGD(lr=1.0))
     thread = threading.Thread(target=opt.step, args=(g,))
     thread.start()
-    while thread.is_alive():
-        assert opt.steps in (0, 1)
+    while opt.steps == 0:
+        pass
+    assert (p == -1).all(), "a step is counted when it is done"
+    thread.join()
     assert opt.steps == 1
 
 
+def test_a_signal_handler_may_read_the_counters():
+    """Also one that runs while the engine asks NumPy whether two interleaved arrays share memory."""
+    buffer = np.zeros(2000)
+    opt = ls.Optimizer(buffer[::2], ls.SGD(lr=1.0))
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(opt.steps))
+    try:
+        for step in range(50):
+            signal.raise_signal(signal.SIGINT)
+            opt.step(buffer[1::2] if step % 2 else np.ones(1000))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == list(range(50))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
 def test_an_interrupt_finds_a_step_done_whole():
     p, g = np.zeros(1000), np.ones(1000)
     opt = ls.Optimizer(p, ls.Lookahead(ls.SGD(lr=1.0), sync_period=10**9))

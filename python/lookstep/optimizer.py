@@ -13,6 +13,9 @@ from .tree import Structure, Tree
 
 Params = TypeVar("Params", bound=Tree)
 
+_LOOK_AGAIN = 32
+"""Steps between looks at whether `params` still holds the same arrays."""
+
 
 class Optimizer(Generic[Params]):
     """Moves parameters in place by a rule.
@@ -48,7 +51,7 @@ class Optimizer(Generic[Params]):
         self._params = params
         self._rule = rule
         self._structure = Structure(params)
-        leaves = self._structure.leaves(params)
+        self._leaves = leaves = list(self._structure.leaves(params))
         inner = self._inner
         cycle = (rule.sync_period, rule.slow_step) if isinstance(rule, Lookahead) else None
         self._engine = Engine(self._structure.names, leaves, inner._kernel, inner._hyper(), cycle)
@@ -65,10 +68,12 @@ class Optimizer(Generic[Params]):
 
         Raises:
             TypeError: if a leaf is no array, or of another dtype than its parameter.
-            ValueError: if a leaf is missing, unknown, of another shape, or shares memory with a parameter.
-            RuntimeError: if a parameter's array has changed in more than its numbers since the optimizer was built, if
-                params hold the slow weights, or if another thread is stepping this optimizer.
+            ValueError: if a leaf is missing, unknown, of another shape, or shares memory with a parameter or the state.
+            RuntimeError: if `params` holds another array than when the optimizer was built, or one that has changed in
+                more than its numbers; if params hold the slow weights; or if another thread is stepping this optimizer.
         """
+        if not self._engine.steps % _LOOK_AGAIN:
+            self._check_bound()
         self._engine.step(self._structure.leaves(grads))
 
     def sync(self) -> None:
@@ -80,6 +85,7 @@ class Optimizer(Generic[Params]):
         Raises:
             RuntimeError: as `step`.
         """
+        self._check_bound()
         self._engine.sync()
 
     def slow_weights(self) -> AbstractContextManager[Params]:
@@ -103,6 +109,7 @@ class Optimizer(Generic[Params]):
             >>> print(w)
             [9.]
         """
+        self._check_bound()
         return self._engine.slow_weights(self._params)
 
     @property
@@ -146,9 +153,23 @@ class Optimizer(Generic[Params]):
         """Syncs so far."""
         return self._engine.syncs
 
+    def _check_bound(self) -> None:
+        """Refuses to go on with arrays that the user has put others in place of: training would not be seen."""
+        now = self._structure.leaves(self._params, "params")
+        for name, leaf, held in zip(self._structure.names, now, self._leaves, strict=True):
+            if leaf is not held:
+                raise RuntimeError(
+                    f"{name} is another array than the optimizer was built over: write new numbers into that one "
+                    "(w[...] = new), or build a new optimizer"
+                )
+
     @property
     def _inner(self) -> InnerRule:
         return self._rule.inner if isinstance(self._rule, Lookahead) else self._rule
+
+    def __reduce__(self) -> Any:
+        """Refuses to be copied: a copy would step the same arrays, by the same state."""
+        raise TypeError("an optimizer is bound to its arrays: build another one over a copy of them")
 
     def __repr__(self) -> str:
         """The rule, and how far it has come."""

@@ -5,7 +5,7 @@ defaults are torch's. What a step does is in `src/rules/`, one file a rule.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -13,9 +13,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 
+def _unwrapped(value: Any) -> Any:
+    """The scalar in an array without axes."""
+    return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
 def _real(name: str, value: Any) -> float:
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
+    value = _unwrapped(value)
     if not isinstance(value, Real) or isinstance(value, bool | np.bool):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
     try:
@@ -46,16 +50,16 @@ def _up_to_one(name: str, value: Any) -> float:
 
 
 def _pair_below_one(name: str, value: Any) -> tuple[float, ...]:
-    try:
-        values = tuple(value)
-    except TypeError:
-        raise TypeError(f"{name} must be 2 real numbers, got {type(value).__name__} {value!r}") from None
+    if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) == 0:
+        raise TypeError(f"{name} must be 2 real numbers, got {type(value).__name__} {value!r}")
+    values = tuple(value)
     if len(values) != 2:
         raise ValueError(f"{name} must have 2 values, got {len(values)}")
     return tuple(_below_one(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
 def _positive_integer(name: str, value: Any) -> int:
+    value = _unwrapped(value)
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer >= 1, got {type(value).__name__} {value!r}")
     if not 1 <= int(value) < 2**63:

@@ -40,7 +40,10 @@ class Structure:
         """Reads the structure of `params`."""
         if not isinstance(params, np.ndarray | list | tuple | dict):
             raise TypeError(f"params must be an array or a list, tuple or dict of them, got {type(params).__name__}")
-        self._node, paths = _explore(params, ())
+        try:
+            self._node, paths = _explore(params, ())
+        except RecursionError:
+            raise ValueError("params is nested too deeply, or contains itself") from None
         self.names = [label("params", path) for path in paths]
         self.paths = ["/".join(map(str, path)) for path in paths]
         if not paths:
@@ -99,7 +102,7 @@ def _reader(node: _Node | None) -> _Reader:
     """A function from a tree to its leaves, or to `None` where the tree is another; made once, and run at each step."""
     if node is None:
         return lambda tree: (tree,)
-    size = len(node.keys)
+    size, keys = len(node.keys), set(node.keys)
     kind: Any = dict if node.is_dict else (list, tuple)
     # `itemgetter` is as fast as a call can be, but gives a tuple from two keys up only.
     of_dict: Any = itemgetter(*node.keys) if size > 1 else lambda tree: [tree[key] for key in node.keys]
@@ -107,6 +110,9 @@ def _reader(node: _Node | None) -> _Reader:
 
     def read(tree: Any) -> _Leaves | None:
         if not isinstance(tree, kind) or len(tree) != size:
+            return None
+        # A dict that makes up what it does not have is asked for its keys first.
+        if kind is dict and type(tree) is not dict and tree.keys() != keys:
             return None
         try:
             values: _Leaves = of_dict(tree) if kind is dict else tree

@@ -1,11 +1,13 @@
 //! NumPy arrays as they are, and views of ours for the user.
 
+use std::ops::Range;
+
 use numpy::PyUntypedArray;
 use numpy::npyffi::NPY_ARRAY_WRITEABLE;
 use numpy::prelude::*;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyType;
+use pyo3::types::{PySlice, PyTuple, PyType};
 
 use crate::error::Error;
 use crate::leaf::{Dtype, Header};
@@ -21,7 +23,8 @@ pub fn as_array<'a, 'py>(
     }
     let kind = x.get_type().name()?.to_string();
     match x.cast::<PyUntypedArray>() {
-        Ok(array) if x.is_instance(MEMMAP.import(x.py(), "numpy", "memmap")?)? => Ok(array),
+        // No subclass of theirs: it may answer for itself what shares its memory.
+        Ok(array) if x.get_type().is(MEMMAP.import(x.py(), "numpy", "memmap")?) => Ok(array),
         Ok(_) => Err(Error::Subclass(name(), kind).into()),
         Err(_) => Err(Error::NotAnArray(name(), kind).into()),
     }
@@ -56,21 +59,59 @@ pub fn header<'a>(
     })
 }
 
-/// Whether two arrays whose address ranges meet have a byte in common; yes, where that is too hard to tell.
+/// Whether two arrays whose address ranges meet have a byte in common; yes, where that is too hard to tell. Python may
+/// run meanwhile.
 pub fn share_memory(
     a: &Bound<'_, PyUntypedArray>,
     b: &Bound<'_, PyUntypedArray>,
 ) -> PyResult<bool> {
     static SHARES_MEMORY: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    static TOO_HARD: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     const MAX_WORK: usize = 1_000_000;
+    let py = a.py();
     let answer = SHARES_MEMORY
-        .import(a.py(), "numpy", "shares_memory")?
+        .import(py, "numpy", "shares_memory")?
         .call1((a, b, MAX_WORK));
-    answer.map_or(Ok(true), |shares| shares.extract())
+    match answer {
+        Err(error)
+            if error.is_instance(py, TOO_HARD.import(py, "numpy.exceptions", "TooHardError")?) =>
+        {
+            Ok(true)
+        }
+        answer => answer?.extract(),
+    }
 }
 
-/// The view, of which no writeable one can be made.
-pub fn read_only(view: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
-    view.call_method1("setflags", (false,))?;
-    Ok(view)
+/// What a read-only view shows: all of the user's `array`, or a run of ours in the shape of a leaf. It is made once the
+/// engine is free again, because Python may run meanwhile.
+pub struct View {
+    pub array: Py<PyAny>,
+    pub cut: Option<Cut>,
+}
+
+/// A run of elements, and the axes that they are walked along, with the order that makes them a leaf's.
+pub struct Cut {
+    pub run: Range<usize>,
+    pub walked: Vec<usize>,
+    pub axes: Vec<usize>,
+}
+
+impl View {
+    pub fn make(self, py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+        let array = self.array.bind(py);
+        let view = match self.cut {
+            None => array.call_method0("view")?,
+            Some(Cut { run, walked, axes }) => array
+                .get_item(PySlice::new(
+                    py,
+                    run.start.cast_signed(),
+                    run.end.cast_signed(),
+                    1,
+                ))?
+                .call_method1("reshape", (PyTuple::new(py, walked)?,))?
+                .call_method1("transpose", (PyTuple::new(py, axes)?,))?,
+        };
+        view.call_method1("setflags", (false,))?;
+        Ok(view)
+    }
 }

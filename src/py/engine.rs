@@ -1,23 +1,30 @@
 //! The classes that Python sees.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
-use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
+use super::array::View;
 use super::inner::Inner;
 use crate::error::Error;
 
 /// The compiled half of `Optimizer`: leaves, their state, and the counters that move with them.
 #[pyclass(frozen, module = "lookstep._core")]
-pub struct Engine(Mutex<Inner>);
+pub struct Engine {
+    /// Held while numbers move. Where it is held while Python may run, the holder is checking or moving fast weights.
+    inner: Mutex<Inner>,
+    /// Counters are read without it, so that whoever reads them never waits.
+    steps: AtomicU64,
+    syncs: AtomicU64,
+}
 
 impl Engine {
     /// The inner engine, where no other thread has it and no earlier call has broken it.
     fn take(&self) -> Result<MutexGuard<'_, Inner>, Error> {
-        match self.0.try_lock() {
+        match self.inner.try_lock() {
             Ok(inner) if inner.broken => Err(Error::Internal),
             Ok(inner) => Ok(inner),
             Err(TryLockError::WouldBlock) => Err(Error::Busy),
@@ -35,9 +42,10 @@ impl Engine {
         }
     }
 
-    /// The inner engine, once no other thread has it.
-    fn wait(&self, py: Python<'_>) -> Result<MutexGuard<'_, Inner>, Error> {
-        self.0.lock_py_attached(py).map_err(|_| Error::Internal)
+    /// Lets the counters be seen.
+    fn publish(&self, inner: &Inner) {
+        self.steps.store(inner.steps, Relaxed);
+        self.syncs.store(inner.syncs(), Relaxed);
     }
 }
 
@@ -54,7 +62,11 @@ impl Engine {
         cycle: Option<(u64, f64)>,
     ) -> PyResult<Self> {
         let inner = Inner::new(py, names, &params, rule, &hyper, cycle)?;
-        Ok(Self(Mutex::new(inner)))
+        Ok(Self {
+            inner: Mutex::new(inner),
+            steps: AtomicU64::new(0),
+            syncs: AtomicU64::new(0),
+        })
     }
 
     /// Moves every leaf by its gradient, and syncs where that ends a cycle.
@@ -63,12 +75,18 @@ impl Engine {
             Ok(list) => list.iter().collect(),
             Err(_) => grads.cast::<PyTuple>()?.iter().collect(),
         };
-        self.take_fast()?.step(py, &grads)
+        let mut inner = self.take_fast()?;
+        inner.step(py, &grads)?;
+        self.publish(&inner);
+        Ok(())
     }
 
     /// Ends the cycle now, where one has begun.
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
-        self.take_fast()?.sync(py)
+        let mut inner = self.take_fast()?;
+        inner.sync(py)?;
+        self.publish(&inner);
+        Ok(())
     }
 
     /// A context in which params hold the slow weights; entering it gives `params`.
@@ -76,6 +94,7 @@ impl Engine {
         SlowWeights {
             engine: self_,
             params,
+            entered: AtomicBool::new(false),
         }
     }
 
@@ -86,24 +105,33 @@ impl Engine {
 
     /// Steps applied so far.
     #[getter]
-    fn steps(&self, py: Python<'_>) -> PyResult<u64> {
-        Ok(self.wait(py)?.steps)
+    fn steps(&self) -> u64 {
+        self.steps.load(Relaxed)
     }
 
     /// Syncs so far.
     #[getter]
-    fn syncs(&self, py: Python<'_>) -> PyResult<u64> {
-        Ok(self.wait(py)?.syncs())
+    fn syncs(&self) -> u64 {
+        self.syncs.load(Relaxed)
     }
 
     /// A read-only view of each leaf's slow weights as they are now.
     fn slow<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        self.wait(py)?.slow(py)
+        let views = self.take()?.slow(py);
+        views.into_iter().map(|view| view.make(py)).collect()
     }
 
     /// Read-only views of each leaf's state arrays, by name.
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
-        self.wait(py)?.state(py)
+        let leaves = self.take()?.state(py);
+        let named = |leaf: Vec<(&str, View)>| {
+            let state = PyDict::new(py);
+            for (name, view) in leaf {
+                state.set_item(name, view.make(py)?)?;
+            }
+            Ok(state)
+        };
+        leaves.into_iter().map(named).collect()
     }
 }
 
@@ -113,18 +141,25 @@ impl Engine {
 pub struct SlowWeights {
     engine: Py<Engine>,
     params: Py<PyAny>,
+    entered: AtomicBool,
 }
 
 #[pymethods]
 impl SlowWeights {
     fn __enter__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         self.engine.get().take_fast()?.enter_slow_weights(py)?;
+        self.entered.store(true, Relaxed);
         Ok(self.params.clone_ref(py))
     }
 
     /// Puts the fast weights back, even into an array that was made read-only meanwhile.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) -> PyResult<()> {
-        self.engine.get().take()?.leave_slow_weights(py)
+        if !self.entered.load(Relaxed) {
+            return Err(Error::OutsideSlowWeights.into());
+        }
+        self.engine.get().take()?.leave_slow_weights(py)?;
+        self.entered.store(false, Relaxed);
+        Ok(())
     }
 }

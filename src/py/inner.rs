@@ -6,9 +6,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use numpy::PyUntypedArray;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyDict, PySlice, PyTuple, PyWeakrefReference};
+use pyo3::types::PyWeakrefReference;
 
-use super::array::{as_array, header, read_only, share_memory};
+use super::array::{Cut, View, as_array, header, share_memory};
 use super::memory::{Job, Typed, Work};
 use crate::error::Error;
 use crate::leaf::{Dtype, Header, Leaf, Spans};
@@ -72,9 +72,9 @@ impl Inner {
         let keeps_slow = cycle.as_ref().is_some_and(Cycle::keeps_slow);
         let single = Typed::new(py, rule, &leaves, Dtype::F32, keeps_slow)?;
         let double = Typed::new(py, rule, &leaves, Dtype::F64, keeps_slow)?;
-        let ours = [single.span(py), double.span(py)].map(|range| (range, None));
-        Ok(Self {
-            hyper: ordered(single.kernel.hyper, hyper)?,
+        let ours = [single.span.clone(), double.span.clone()].map(|range| (range, None));
+        let mut inner = Self {
+            hyper: Vec::new(),
             spans: Spans::new(of_leaves.into_iter().chain(ours)),
             arrays,
             leaves,
@@ -84,13 +84,22 @@ impl Inner {
             steps: 0,
             inside_slow_weights: false,
             broken: false,
-        })
+        };
+        inner.set_hyper(hyper)?;
+        Ok(inner)
     }
 
     /// Moves every leaf by its gradient, and syncs where that ends a cycle.
     pub fn step(&mut self, py: Python<'_>, grads: &[Bound<'_, PyAny>]) -> PyResult<()> {
+        let mut has_grad = vec![false; grads.len()];
         self.check_params(py, false)?;
-        let has_grad = self.check_grads(grads)?;
+        if self.check_grads(grads, &mut has_grad)? {
+            // Python has run, so all is checked once more; what was found to share nothing is not asked again.
+            self.check_params(py, false)?;
+            if self.check_grads(grads, &mut has_grad)? {
+                return Err(Error::Unsteady.into());
+            }
+        }
         // SAFETY: all have just been checked; we hold the leaves, and our caller the gradients.
         unsafe { self.run(py, Work::Step(&has_grad))? };
         self.steps += 1;
@@ -123,9 +132,6 @@ impl Inner {
 
     /// Puts the fast weights back, even into an array that was made read-only meanwhile.
     pub fn leave_slow_weights(&mut self, py: Python<'_>) -> PyResult<()> {
-        if !self.inside_slow_weights {
-            return Err(Error::OutsideSlowWeights.into());
-        }
         self.check_params(py, true)?;
         self.swap(py)?;
         self.inside_slow_weights = false;
@@ -142,7 +148,15 @@ impl Inner {
 
     /// Takes new hyper-parameters from the next step on.
     pub fn set_hyper(&mut self, hyper: &HashMap<String, f64>) -> PyResult<()> {
-        self.hyper = ordered(self.single.kernel.hyper, hyper)?;
+        let hyper = ordered(self.single.kernel.hyper, hyper)?;
+        // The first step's scalars are the largest.
+        let scalars = (self.single.kernel.scalars)(&hyper, 1.0);
+        if self.leaves.iter().any(|leaf| leaf.dtype == Dtype::F32)
+            && !scalars.iter().all(|x| x.is_finite())
+        {
+            return Err(Error::Overflow.into());
+        }
+        self.hyper = hyper;
         Ok(())
     }
 
@@ -151,27 +165,29 @@ impl Inner {
         self.cycle.as_ref().map_or(0, |cycle| cycle.syncs)
     }
 
-    /// A read-only view of each leaf's slow weights as they are now.
-    pub fn slow<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    /// Each leaf's slow weights as they are now.
+    pub fn slow(&self, py: Python<'_>) -> Vec<View> {
         if self.in_cycle() && !self.inside_slow_weights {
             let row = self.single.kernel.state.len();
-            let views = self.views(py)?;
-            return Ok(views
+            return self
+                .views(py)
                 .into_iter()
                 .map(|mut leaf| leaf.swap_remove(row))
-                .collect());
+                .collect();
         }
-        let view =
-            |(array, _): &(Py<PyUntypedArray>, _)| read_only(array.bind(py).call_method0("view")?);
-        self.arrays.iter().map(view).collect()
+        let whole = |(array, _): &(Py<PyUntypedArray>, _)| View {
+            array: array.clone_ref(py).into_any(),
+            cut: None,
+        };
+        self.arrays.iter().map(whole).collect()
     }
 
-    /// Read-only views of each leaf's state arrays, by name.
-    pub fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
+    /// Each leaf's state arrays, by name.
+    pub fn state(&self, py: Python<'_>) -> Vec<Vec<(&'static str, View)>> {
         let names = self.single.kernel.state;
-        self.views(py)?
+        self.views(py)
             .into_iter()
-            .map(|leaf| names.iter().zip(leaf).into_py_dict(py))
+            .map(|leaf| names.iter().copied().zip(leaf).collect())
             .collect()
     }
 
@@ -193,33 +209,48 @@ impl Inner {
         Ok(())
     }
 
-    /// Checks each gradient and takes note of where it is; returns which leaves have one.
-    fn check_grads(&mut self, grads: &[Bound<'_, PyAny>]) -> PyResult<Vec<bool>> {
+    /// Checks each gradient, takes note of where it is, and of which leaves have one; returns whether Python has run.
+    fn check_grads(&mut self, grads: &[Bound<'_, PyAny>], has_grad: &mut [bool]) -> PyResult<bool> {
         if grads.len() != self.leaves.len() {
             return Err(Error::Count(grads.len(), self.leaves.len()).into());
         }
-        let mut has_grad = vec![false; grads.len()];
+        let mut ran = false;
         for (index, grad) in grads.iter().enumerate().filter(|(_, grad)| !grad.is_none()) {
             let leaf = &mut self.leaves[index];
             let array = as_array(grad, || leaf.grad_name())?;
             let header = header(array, || leaf.grad_name())?;
-            for other in leaf.see_grad(&header, &self.spans)? {
-                let (shares, whose) = match other {
-                    Some(other) => {
-                        let shares = share_memory(array, self.arrays[other].0.bind(array.py()))?;
-                        (shares, self.leaves[other].name.clone())
-                    }
-                    None => (true, "the optimizer's own state".into()),
-                };
-                if shares {
-                    let leaf = &mut self.leaves[index];
-                    leaf.forget_grad();
-                    return Err(Error::SharesMemory(leaf.grad_name(), whose).into());
-                }
+            let near = leaf.see_grad(&header, &self.spans)?;
+            if !near.is_empty() {
+                ran = true;
+                let seen = leaf.forget_grad();
+                self.check_apart(array, index, &near)?;
+                self.leaves[index].g.data = seen;
             }
             has_grad[index] = true;
         }
-        Ok(has_grad)
+        Ok(ran)
+    }
+
+    /// Checks that a gradient shares no memory with those that its addresses are among: leaves, or our own arrays.
+    fn check_apart(
+        &self,
+        grad: &Bound<'_, PyUntypedArray>,
+        index: usize,
+        near: &[Option<usize>],
+    ) -> PyResult<()> {
+        for other in near {
+            let (shares, whose) = match *other {
+                Some(other) => {
+                    let shares = share_memory(grad, self.arrays[other].0.bind(grad.py()))?;
+                    (shares, self.leaves[other].name.clone())
+                }
+                None => (true, "the optimizer's own state".into()),
+            };
+            if shares {
+                return Err(Error::SharesMemory(self.leaves[index].grad_name(), whose).into());
+            }
+        }
+        Ok(())
     }
 
     /// Does `work` to every leaf, detached from Python.
@@ -234,13 +265,15 @@ impl Inner {
             hyper: &self.hyper,
             cycle: self.cycle.as_ref(),
         };
-        let arenas = (single.span(py), double.span(py));
+        if !(single.is_whole(py) && double.is_whole(py)) {
+            return Err(Error::Internal.into());
+        }
         let outcome = py.detach(|| {
             catch_unwind(AssertUnwindSafe(|| {
                 // SAFETY: we are borrowed mutably; the caller vouches for the rest.
                 unsafe {
-                    single.run(arenas.0, Dtype::F32, leaves, &job);
-                    double.run(arenas.1, Dtype::F64, leaves, &job);
+                    single.run(Dtype::F32, leaves, &job);
+                    double.run(Dtype::F64, leaves, &job);
                 }
             }))
         });
@@ -253,29 +286,33 @@ impl Inner {
         self.cycle.as_ref().is_some_and(|cycle| cycle.done > 0)
     }
 
-    /// Read-only views of our arrays for each leaf, in the leaf's shape: the rule's state, then slow weights.
-    fn views<'py>(&self, py: Python<'py>) -> PyResult<Vec<Vec<Bound<'py, PyAny>>>> {
+    /// Our arrays for each leaf, in the leaf's shape: the rule's state, then slow weights.
+    fn views(&self, py: Python<'_>) -> Vec<Vec<View>> {
         let keeps_slow = self.cycle.as_ref().is_some_and(Cycle::keeps_slow);
         let arrays = self.single.kernel.state.len() + usize::from(keeps_slow);
         let (mut single, mut double) = (0, 0);
         let mut of_leaf = |leaf: &Leaf| {
             let (arena, start) = match leaf.dtype {
-                Dtype::F32 => (self.single.arena.bind(py).as_any(), &mut single),
-                Dtype::F64 => (self.double.arena.bind(py).as_any(), &mut double),
+                Dtype::F32 => (self.single.arena.as_any(), &mut single),
+                Dtype::F64 => (self.double.arena.as_any(), &mut double),
             };
-            let walked: Vec<usize> = leaf.order.iter().map(|&axis| leaf.shape[axis]).collect();
             let mut axes = vec![0; leaf.order.len()];
             for (position, &axis) in leaf.order.iter().enumerate() {
                 axes[axis] = position;
             }
             let view = |_| {
-                let end = *start + leaf.len();
-                let run = PySlice::new(py, start.cast_signed(), end.cast_signed(), 1);
-                *start = end;
-                let view = arena
-                    .get_item(run)?
-                    .call_method1("reshape", (PyTuple::new(py, &walked)?,))?;
-                read_only(view.call_method1("transpose", (PyTuple::new(py, &axes)?,))?)
+                let run = *start..*start + leaf.len();
+                *start = run.end;
+                let walked = leaf.order.iter().map(|&axis| leaf.shape[axis]).collect();
+                let cut = Some(Cut {
+                    run,
+                    walked,
+                    axes: axes.clone(),
+                });
+                View {
+                    array: arena.clone_ref(py),
+                    cut,
+                }
             };
             (0..arrays).map(view).collect()
         };

@@ -7,6 +7,7 @@ use numpy::prelude::*;
 use numpy::{Element, PyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::types::PyWeakrefReference;
 
 use crate::kernel::{CHUNK, Kept, Kernel, hold, sync};
 use crate::leaf::{Dtype, Leaf, Place};
@@ -106,6 +107,9 @@ pub struct Typed<F> {
     pub kernel: Kernel<F>,
     /// For each leaf of this format, in order: the rule's state arrays, then slow weights.
     pub arena: Py<PyArray1<F>>,
+    /// Where that is, as long as the weak reference keeps it from being resized.
+    pub span: Range<usize>,
+    _guard: Py<PyWeakrefReference>,
 }
 
 impl<F: Compute + Element> Typed<F> {
@@ -120,21 +124,30 @@ impl<F: Compute + Element> Typed<F> {
         let kernel =
             kernel.ok_or_else(|| PyValueError::new_err(format!("no kernel is called {rule}")))?;
         let arrays = kernel.state.len() + usize::from(keeps_slow);
-        let size = leaves
+        let size: usize = leaves
             .iter()
             .filter(|leaf| leaf.dtype == dtype)
             .map(|leaf| leaf.len() * arrays)
             .sum();
+        // By NumPy's own function: it says where memory is short, and takes large pages where there are some.
+        let zeros = py
+            .import("numpy")?
+            .call_method1("zeros", (size, dtype.to_string()))?;
+        zeros.call_method1("setflags", (false,))?;
+        let arena = zeros.cast_into::<PyArray1<F>>()?;
+        let data = arena.data().expose_provenance();
         Ok(Self {
             kernel,
-            arena: PyArray1::zeros(py, [size], false).unbind(),
+            span: data..data + arena.len() * size_of::<F>(),
+            _guard: PyWeakrefReference::new(&arena)?.unbind(),
+            arena: arena.unbind(),
         })
     }
 
-    pub fn span(&self, py: Python<'_>) -> Range<usize> {
+    /// Whether the arena is where it was made.
+    pub fn is_whole(&self, py: Python<'_>) -> bool {
         let arena = self.arena.bind(py);
-        let data = arena.data().expose_provenance();
-        data..data + arena.len() * size_of::<F>()
+        self.span.start == arena.data().addr() && self.span.len() == arena.len() * size_of::<F>()
     }
 
     /// Does `work` to every leaf of this format.
@@ -142,17 +155,17 @@ impl<F: Compute + Element> Typed<F> {
     /// # Safety
     /// The caller must have the engine to itself; the places of each leaf, and of its gradient where the work has one,
     /// must hold live numbers of the leaf's dtype, and a gradient must share none with a leaf or with the state.
-    pub unsafe fn run(&self, arena: Range<usize>, dtype: Dtype, leaves: &mut [Leaf], job: &Job) {
+    pub unsafe fn run(&self, dtype: Dtype, leaves: &mut [Leaf], job: &Job) {
         let level = Level::best();
         let states = self.kernel.state.len();
         let arrays = states + usize::from(job.cycle.is_some_and(Cycle::keeps_slow));
         let (phase, after) = job.cycle.map_or((Phase::Plain, None), Cycle::plan);
-        let blend = Blend::new(job.cycle.map_or(1.0, |cycle| cycle.slow_step));
+        let now = Blend::new(job.cycle.map_or(1.0, |cycle| cycle.slow_step));
         let mut scalars = (0, Vec::new());
-        let first = with_exposed_provenance_mut::<F>(arena.start);
+        let first = with_exposed_provenance_mut::<F>(self.span.start);
         // SAFETY: our own array, which nobody else writes, and which the caller has to itself.
         let mut arena =
-            unsafe { std::slice::from_raw_parts_mut(first, arena.len() / size_of::<F>()) };
+            unsafe { std::slice::from_raw_parts_mut(first, self.span.len() / size_of::<F>()) };
         for (index, leaf) in leaves
             .iter_mut()
             .enumerate()
@@ -185,7 +198,9 @@ impl<F: Compute + Element> Typed<F> {
                 let mut kept = kept.take(range.len());
                 let advance = |p: &mut [F]| match job.work {
                     Work::Swap => p.swap_with_slice(kept.slow),
-                    Work::Sync => sync(level, blend, p, kept.slow),
+                    Work::Sync => now
+                        .into_iter()
+                        .for_each(|blend| sync(level, blend, p, kept.slow)),
                     Work::Step(_) => {
                         if moved {
                             let step = |g: &[F]| {

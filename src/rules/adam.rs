@@ -1,5 +1,6 @@
 //! Adam (Kingma & Ba, 2015, Algorithm 1), <https://arxiv.org/abs/1412.6980>; `AMSGrad` (Reddi, Kale & Kumar, 2018),
-//! <https://arxiv.org/abs/1904.09237>. A zero denominator means a zero gradient, so the update is zero.
+//! <https://arxiv.org/abs/1904.09237>.
+//! Where the denominator is zero, the gradient's square is, and the update is zero.
 
 use crate::rule::{complement, finite, max, rule, select, sqrt};
 

@@ -1,5 +1,6 @@
 //! `AdamW` (Loshchilov & Hutter, 2019, Algorithm 2), <https://arxiv.org/abs/1711.05101>, with torch's decay, `lr` times
-//! `weight_decay`. A zero denominator means a zero gradient, so the update is zero.
+//! `weight_decay`.
+//! Where the denominator is zero, the gradient's square is, and the update is zero.
 
 use crate::rule::{complement, finite, max, rule, select, sqrt};
 

@@ -1,5 +1,6 @@
 //! `RAdam` (Liu et al., 2020, Algorithm 2), <https://arxiv.org/abs/1908.03265>, in torch's form: the step is adaptive
-//! once rho is over 5 (the paper: 4). A zero denominator means a zero gradient, so the update is zero.
+//! once rho is over 5 (the paper: 4).
+//! Where the denominator is zero, the gradient's square is, and the update is zero.
 
 use crate::rule::{complement, finite, rule, select, sqrt};
 
