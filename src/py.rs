@@ -2,14 +2,16 @@
 //! addresses into numbers (`py/memory.rs`).
 //!
 //! Why the memory is there. A leaf's array is held by a strong and a weak reference: the first keeps it alive, the second
-//! makes NumPy refuse to resize it. Its address, shape, strides, dtype and flags are read again at every step, and a step
-//! over an array of which any has changed is refused. Gradients are read again too, and held until the step ends. The
-//! state lies in NumPy arrays that only we write.
+//! makes NumPy refuse to resize it; our own arrays likewise. Address, shape, strides, dtype and flags are read again at
+//! every step, and a step over an array of which any has changed is refused. Gradients are read again too, and held until
+//! the step ends. Only arrays of NumPy's own types are taken, so no code of the user's runs between these checks and the
+//! step; where we ask NumPy whether two arrays share memory, it may, and all is checked once more after it.
 //!
 //! Why nobody else has it. Leaves are checked, once, to share no byte with each other or with themselves, and each new
 //! gradient to share none with a leaf or with the state; views of the state are handed out read-only. One call at a time
-//! has the engine, by its mutex. That leaves a user who writes an array from another thread during a step: as with
-//! NumPy's own functions, what the numbers are then is up to them, but none is read or written outside its array.
+//! has the engine, by its mutex. What is left is another thread that, while numbers move, writes an array (then it is up
+//! to that thread what the numbers are), or takes a gradient's memory away by `resize(refcheck=False)` or any array's by
+//! `__setstate__`: like NumPy's own functions, we cannot stop it.
 //!
 //! All checks come before the first write, and counters are moved within the same call as the numbers, so that an error,
 //! an interrupt or a second thread finds a step done whole or not at all.
