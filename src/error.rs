@@ -27,8 +27,8 @@ pub enum Error {
     SharesMemory(String, String),
     /// A parameter that is no longer what the optimizer was built over: the leaf, what it was, and what it is.
     Changed(String, String, String),
-    /// Hyper-parameters that are finite in float64 only, for a leaf of float32.
-    Overflow,
+    /// A hyper-parameter that is finite in float64 only, for a leaf of float32: its name.
+    Overflow(String),
     /// Arrays that another thread keeps changing.
     Unsteady,
     /// Another thread is inside a call.
@@ -69,8 +69,9 @@ impl fmt::Display for Error {
                 f,
                 "{leaf} was {was} when the optimizer was built, and is {now} now: build a new optimizer over the new array"
             ),
-            Self::Overflow => f.write_str(
-                "lr and weight_decay are too large for float32 parameters: a step would overflow",
+            Self::Overflow(name) => write!(
+                f,
+                "{name} is too large for float32 parameters: a step would overflow"
             ),
             Self::Unsteady => f.write_str("params or grads changed while they were checked"),
             Self::Busy => f.write_str("step() is already running in another thread"),

@@ -25,7 +25,7 @@ impl<'a, F> Kept<'a, F> {
     /// Cuts a leaf's `block` into `states` arrays of `n` elements, and slow weights where there is room for them.
     #[must_use]
     pub fn new(mut block: &'a mut [F], n: usize, states: usize) -> Self {
-        let mut next = || block.split_off_mut(..n).unwrap_or_default();
+        let mut next = || first(&mut block, n);
         let state = std::array::from_fn(|k| {
             if k < states {
                 next()

@@ -3,7 +3,7 @@
 struct Scalars { «fields» }
 
 struct Uniforms {
-    // Slow weights move by `slow_step` toward fast ones; `rest` is one less that, rounded once.
+    // Slow weights move by `slow_step` toward fast ones; `rest` is `1 - slow_step`, rounded once.
     slow_step: f32,
     rest: f32,
     // Elements of this leaf.

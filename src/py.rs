@@ -42,7 +42,7 @@ impl From<Error> for PyErr {
             | Error::Count(..)
             | Error::ReadOnly(..)
             | Error::OverlapsItself(..)
-            | Error::Overflow
+            | Error::Overflow(..)
             | Error::SharesMemory(..) => PyValueError::new_err(text),
             Error::Changed(..)
             | Error::Unsteady

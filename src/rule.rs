@@ -1,8 +1,8 @@
 //! An update rule as one text: compiled for `f32` and `f64`, and kept as the WGSL of the same lines.
 //!
 //! A body is element-wise: `let`, assignment to `p` and the state, `if`/`else`, `+ - * /`, comparisons, float literals
-//! with a point, and the builtins below, which bear WGSL's names (`finite` stands in the shader too). Whatever depends on the step alone is a scalar. There
-//! is no `fma`: plain products and sums make every instruction set agree bit for bit.
+//! with a point, and the builtins below, which bear WGSL's names (`finite` stands in the shader too). Whatever depends on
+//! the step alone is a scalar. There is no `fma`: plain products and sums make every instruction set agree bit for bit.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 

@@ -411,6 +411,9 @@ def test_a_leaf_that_another_array_was_put_in_place_of(trained):
     ):
         with refuses(RuntimeError, 'params["w"] is another array', "w[...] = new"):
             call()
+    del trained.params["w"]
+    with refuses(ValueError, 'params["w"] is missing'):
+        trained.opt.sync()
     trained.params["w"] = held
     trained.opt.step(trained.grads())
 
@@ -455,11 +458,24 @@ def test_more_elements_than_memory(shape):
         ls.Optimizer(np.lib.stride_tricks.as_strided(np.zeros(2, "f4"), shape, (0, 4)[: len(shape)]), ls.SGD())
 
 
-@pytest.mark.parametrize("rule", [ls.SGD(lr=1e39), ls.Adam(lr=3e38), ls.SGD(weight_decay=1e39)], ids=repr)
-def test_hyper_parameters_that_float32_cannot_hold(rule):
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (ls.SGD(lr=1e39), "lr"),
+        (ls.Adam(lr=3e38), "lr"),
+        (ls.SGD(weight_decay=1e39), "weight_decay"),
+        (ls.RAdam(eps=1e39), "eps"),
+    ],
+)
+def test_hyper_parameters_that_float32_cannot_hold(rule, name):
     ls.Optimizer(np.ones(1), rule)
-    with refuses(ValueError, "too large for float32"):
+    with refuses(ValueError, f"{name} is too large for float32 parameters"):
         ls.Optimizer(np.ones(1, "f4"), rule)
+    opt = ls.Optimizer(np.ones(1, "f4"), type(rule)())
+    if name == "lr":
+        with refuses(ValueError, "lr is too large for float32 parameters"):
+            opt.lr = rule.lr
+        assert opt.lr == 1e-3
 
 
 def test_a_tree_that_contains_itself():

@@ -144,9 +144,9 @@ def _difference(node: _Node | None, tree: Any, root: str, path: _Path) -> str:
     keys = _keys(tree)
     paths = {key: (*path, str(key) if node.is_dict else key) for key in [*node.keys, *keys]}
     if missing := [key for key in node.keys if key not in keys]:
-        return f"{label(root, paths[missing[0]])} is missing: params has it"
+        return f"{label(root, paths[missing[0]])} is missing"
     if extra := [key for key in keys if key not in node.keys]:
-        return f"{label(root, paths[extra[0]])} is not in params"
+        return f"{label(root, paths[extra[0]])} is {'not in params' if root == 'grads' else 'new'}"
     within = (_difference(n, tree[key], root, paths[key]) for key, n in zip(node.keys, node.children, strict=True))
     return next(filter(None, within), "")
 

@@ -115,9 +115,9 @@ impl Inner {
         if self.in_cycle() {
             // SAFETY: the leaves have just been checked, and we hold them.
             unsafe { self.run(py, Work::Sync)? };
-        }
-        if let Some(cycle) = self.cycle.as_mut().filter(|cycle| cycle.done > 0) {
-            cycle.close();
+            if let Some(cycle) = &mut self.cycle {
+                cycle.close();
+            }
         }
         Ok(())
     }
@@ -149,12 +149,12 @@ impl Inner {
     /// Takes new hyper-parameters from the next step on.
     pub fn set_hyper(&mut self, hyper: &HashMap<String, f64>) -> PyResult<()> {
         let hyper = ordered(self.single.kernel.hyper, hyper)?;
-        // The first step's scalars are the largest.
+        // Hyper-parameters come first among the scalars, and lr is in all that come after; they are largest at step 1.
         let scalars = (self.single.kernel.scalars)(&hyper, 1.0);
-        if self.leaves.iter().any(|leaf| leaf.dtype == Dtype::F32)
-            && !scalars.iter().all(|x| x.is_finite())
-        {
-            return Err(Error::Overflow.into());
+        let single = self.leaves.iter().any(|leaf| leaf.dtype == Dtype::F32);
+        if let Some(index) = scalars.iter().position(|x| single && !x.is_finite()) {
+            let name = self.single.kernel.hyper.get(index).unwrap_or(&"lr");
+            return Err(Error::Overflow((*name).into()).into());
         }
         self.hyper = hyper;
         Ok(())
