@@ -7,11 +7,11 @@ use divan::counter::BytesCount;
 use divan::{Bencher, Divan};
 use lookstep::kernel::{CHUNK, Kept, Kernel};
 use lookstep::lookahead::{Blend, Phase};
+use lookstep::rule::{CARRY, SUMS};
 use lookstep::rules::Compute;
 use lookstep::simd::Level;
 
 const SIZES: [usize; 2] = [5_000, 300_000];
-const SYNC: Phase<Blend<f32>> = Phase::Sync(Blend::FromFast(0.5));
 
 fn main() {
     Divan::from_args().main();
@@ -26,17 +26,22 @@ struct Row {
 
 impl std::fmt::Display for Row {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let sync = if self.phase == SYNC { "+sync" } else { "" };
+        let sync = if matches!(self.phase, Phase::Sync(_)) {
+            "+sync"
+        } else {
+            ""
+        };
         write!(f, "{}{sync} {} {}", self.kernel.name, self.level, self.size)
     }
 }
 
 fn rows() -> impl Iterator<Item = Row> {
     let mut rows = Vec::new();
+    let sync = Phase::Sync(Blend::new(0.5).expect("slow weights move"));
     for size in SIZES {
         for kernel in f32::kernels() {
             for level in Level::available() {
-                rows.extend([Phase::Plain, SYNC].map(|phase| Row {
+                rows.extend([Phase::Plain, sync].map(|phase| Row {
                     kernel,
                     phase,
                     level,
@@ -62,7 +67,14 @@ impl Arrays {
             p: vec![1.0; row.size],
             g: vec![0.5; row.size],
             state: vec![vec![0.0; row.size]; row.kernel.state.len()],
-            slow: vec![2.0; if row.phase == SYNC { row.size } else { 0 }],
+            slow: vec![
+                2.0;
+                if matches!(row.phase, Phase::Sync(_)) {
+                    row.size
+                } else {
+                    0
+                }
+            ],
         }
     }
 
@@ -86,7 +98,12 @@ impl Arrays {
 
 #[divan::bench(args = rows(), max_time = 0.1)]
 fn step(bencher: Bencher, row: &Row) {
-    let scalars = (row.kernel.scalars)(&vec![0.5; row.kernel.hyper.len()], 1.0);
+    let scalars = (row.kernel.scalars)(
+        &vec![0.5; row.kernel.hyper.len()],
+        1.0,
+        &mut [0.0; CARRY],
+        [0.0; SUMS],
+    );
     let (mut arrays, mut baseline) = (Arrays::new(row), Arrays::new(row));
     arrays.step(row, row.level, &scalars);
     baseline.step(row, Level::available()[0], &scalars);

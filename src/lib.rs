@@ -12,6 +12,7 @@ pub mod leaf;
 pub mod lookahead;
 #[cfg(feature = "python")]
 mod py;
+pub mod reduce;
 pub mod rule;
 pub mod rules;
 pub mod simd;

@@ -1,7 +1,7 @@
 //! Lookahead's cycle: when slow weights are taken, when they move, and by what arithmetic. Slow weights are the fast
 //! ones as the first step of a cycle finds them, so between cycles the two are one, and no second copy is kept.
 
-use crate::rule::Float;
+use crate::rule::{Float, select};
 
 /// What the kernel does besides the rule's update; `B` says how a sync blends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,39 +76,31 @@ impl Cycle {
 
 /// Slow weights' move toward fast ones, in the form that is exact at both ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blend<F> {
-    /// Back to slow, also where fast is not finite.
-    Stay,
-    /// `slow + slow_step * (fast - slow)`, for a step below one half.
-    FromSlow(F),
-    /// `fast - (fast - slow) * (1 - slow_step)`.
-    FromFast(F),
+pub struct Blend<F> {
+    /// The fraction of the way.
+    step: F,
+    /// `1 - step`, rounded once.
+    rest: F,
 }
 
 impl<F: Float> Blend<F> {
     /// The arithmetic for `slow_step` in [0, 1]; none at 1, where fast weights stay.
     #[must_use]
     pub fn new(slow_step: f64) -> Option<Self> {
-        if slow_step <= 0.0 {
-            Some(Self::Stay)
-        } else if slow_step < 0.5 {
-            Some(Self::FromSlow(F::round(slow_step)))
-        } else if slow_step < 1.0 {
-            Some(Self::FromFast(F::round(1.0 - slow_step)))
-        } else {
-            None
-        }
+        (slow_step < 1.0).then(|| Self {
+            step: F::round(slow_step),
+            rest: F::round(1.0 - slow_step),
+        })
     }
-}
 
-/// [`Blend::FromSlow`] of one pair.
-#[inline(always)]
-pub fn from_slow<F: Float>(step: F, fast: F, slow: F) -> F {
-    slow + step * (fast - slow)
-}
-
-/// [`Blend::FromFast`] of one pair.
-#[inline(always)]
-pub fn from_fast<F: Float>(rest: F, fast: F, slow: F) -> F {
-    fast - (fast - slow) * rest
+    /// Where a pair meets; at 0 that is slow, also where fast is not finite.
+    #[must_use]
+    #[inline(always)]
+    pub fn of(self, fast: F, slow: F) -> F {
+        let way = fast - slow;
+        let from_slow = slow + self.step * way;
+        let from_fast = fast - way * self.rest;
+        let near = select(from_fast, from_slow, self.step < self.rest);
+        select(near, slow, self.step == F::default())
+    }
 }

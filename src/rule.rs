@@ -8,6 +8,10 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 
 /// Elements a tile.
 pub const LANES: usize = 32;
+/// Sums that a rule may measure.
+pub const SUMS: usize = 2;
+/// Numbers that a rule may carry from step to step.
+pub const CARRY: usize = 3;
 
 /// A rule in compute type `F`: `K` scalars, `N` state arrays.
 pub trait Update<F, const K: usize, const N: usize> {
@@ -26,6 +30,24 @@ pub trait Update<F, const K: usize, const N: usize> {
     );
 }
 
+/// A rule whose step depends on sums over a whole leaf, or over all: they are taken before any parameter moves.
+pub trait Measure<F, const K: usize, const N: usize> {
+    /// Moves one tile of the state, and adds what each element contributes to the sums.
+    fn tile(
+        scalars: &[F; K],
+        p: &[F; LANES],
+        g: &[F; LANES],
+        state: [&mut [F; LANES]; N],
+        sums: &mut [[f64; LANES]; SUMS],
+    );
+}
+
+/// A rule whose parameters are not what it should be judged by.
+pub trait Evaluate<F, const K: usize, const N: usize> {
+    /// The weight to evaluate and export, where the parameter is `p`.
+    fn evaluate(scalars: &[F; K], p: F, state: [F; N]) -> F;
+}
+
 /// What the host and the shader need to know about a rule.
 pub trait Source {
     /// The rule's name in the registry.
@@ -34,12 +56,32 @@ pub trait Source {
     const HYPER: &'static [&'static str];
     /// The hyper-parameters, then what depends only on them and the step.
     const SCALARS: &'static [&'static str];
-    /// The arrays kept per parameter, in the paper's letters.
+    /// The arrays kept per parameter, in the paper's letters; those of [`Self::WEIGHTS`] are the last.
     const STATE: &'static [&'static str];
+    /// The arrays that stand for weights, and are never kept in fewer bits.
+    const WEIGHTS: &'static [&'static str];
+    /// The scalars that a step hands to the next, zero before the first.
+    const CARRY: &'static [&'static str];
+    /// Whether the rule is measured first ([`Measure`]), and over what.
+    const SCOPE: Scope;
+    /// Whether the weights to evaluate are others than the parameters ([`Evaluate`]).
+    const EVALUATES: bool;
     /// The update as WGSL.
     const BODY: &'static str;
-    /// The scalars of step `t`, which counts from 1; `hyper` is in the order of [`Self::HYPER`].
-    fn scalars(hyper: &[f64], t: f64) -> Vec<f64>;
+    /// The scalars of step `t`, which counts from 1; `hyper` is in the order of [`Self::HYPER`], `carry` is moved, and
+    /// `sums` are zero where they are yet to be measured.
+    fn scalars(hyper: &[f64], t: f64, carry: &mut [f64; CARRY], sums: [f64; SUMS]) -> Vec<f64>;
+}
+
+/// What sums are taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The rule needs none.
+    None,
+    /// Each leaf alone.
+    Leaf,
+    /// All leaves; what the rule carries, it carries for all of them.
+    All,
 }
 
 macro_rules! count {
@@ -48,48 +90,95 @@ macro_rules! count {
 }
 pub(crate) use count;
 
-/// Declares a rule: `rule!(Name, hyper(...), state(...), |t| scalars(name = value, ...), |p, g| { body })`.
+/// Declares a rule:
+///
+/// ```text
+/// rule!(
+///     Name,
+///     hyper(lr, ...),
+///     state(m, v, ...),
+///     weights(z, ...),                             // optional: state that stands for weights
+///     carry(sum, ...),                             // optional: scalars of these names are kept for the next step
+///     |t| scalars(name = value, ...),              // float64, from the hyper-parameters, t, the carry and the sums
+///     measure Leaf(pp, uu) |p, g| { ... },         // optional: moves the state, assigns each element's share of the sums
+///     |p, g| { ... },                              // moves p and the state
+///     evaluate |p| value,                          // optional: the weight to evaluate
+/// );
+/// ```
 macro_rules! rule {
     (
         $name:ident,
-        hyper($($h:ident),*),
+        hyper $h:tt,
         state($($s:ident),*),
-        |$t:ident| scalars($($k:ident = $e:expr),* $(,)?),
-        |$p:ident, $g:ident| $body:block $(,)?
+        $(weights($($w:ident),*),)?
+        $(carry $c:tt,)?
+        |$t:ident| scalars $k:tt,
+        $(measure $scope:ident $sums:tt |$mp:ident, $mg:ident| $measure:block,)?
+        |$p:ident, $g:ident| $body:block
+        $(, evaluate |$ep:ident| $evaluate:expr)?
+        $(,)?
     ) => {
         #[doc = concat!("The update of `", stringify!($name), "`.")]
         pub struct $name;
 
+        crate::rule::rule!(@source $name, $h, ($($s),* $($(, $w)*)?), ($($($w),*)?), [$($c)?], $t, $k,
+            [$($scope $sums)?], $body, [$($ep)?]);
+        crate::rule::rule!(@update f32, $name, $h, $k, ($($s),* $($(, $w)*)?), $p, $g, $body);
+        crate::rule::rule!(@update f64, $name, $h, $k, ($($s),* $($(, $w)*)?), $p, $g, $body);
+        crate::rule::rule!(@measure f32, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($sums $mp $mg $measure)?]);
+        crate::rule::rule!(@measure f64, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($sums $mp $mg $measure)?]);
+        crate::rule::rule!(@evaluate f32, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($ep $evaluate)?]);
+        crate::rule::rule!(@evaluate f64, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($ep $evaluate)?]);
+    };
+    (@scope) => { crate::rule::Scope::None };
+    (@scope Leaf) => { crate::rule::Scope::Leaf };
+    (@scope All) => { crate::rule::Scope::All };
+    (
+        @source $name:ident, ($($h:ident),*), ($($s:ident),*), ($($w:ident),*), [$(($($c:ident),*))?],
+        $t:ident, ($($k:ident = $e:expr),* $(,)?), [$($scope:ident ($a:ident, $b:ident))?], $body:block, [$($ep:ident)?]
+    ) => {
         impl crate::rule::Source for $name {
             const NAME: &'static str = stringify!($name);
             const HYPER: &'static [&'static str] = &[$(stringify!($h)),*];
             const SCALARS: &'static [&'static str] = &[$(stringify!($h),)* $(stringify!($k)),*];
             const STATE: &'static [&'static str] = &[$(stringify!($s)),*];
+            const WEIGHTS: &'static [&'static str] = &[$(stringify!($w)),*];
+            const CARRY: &'static [&'static str] = &[$($(stringify!($c)),*)?];
+            const SCOPE: crate::rule::Scope = crate::rule::rule!(@scope $($scope)?);
+            const EVALUATES: bool = crate::rule::count!($($ep)?) == 1;
             const BODY: &'static str = stringify!($body);
 
-            #[allow(unused_variables, reason = "a rule need not use the step or every hyper-parameter")]
-            fn scalars(hyper: &[f64], $t: f64) -> Vec<f64> {
+            #[allow(unused_variables, reason = "a rule need not use the step, every hyper-parameter, carry or sums")]
+            fn scalars(
+                hyper: &[f64],
+                $t: f64,
+                carry: &mut [f64; crate::rule::CARRY],
+                sums: [f64; crate::rule::SUMS],
+            ) -> Vec<f64> {
                 let &[$($h),*] = hyper else { unreachable!("one number per hyper-parameter") };
+                $(let [$($c,)* ..] = *carry;)?
+                $(let [$a, $b] = sums;)?
                 $(let $k: f64 = $e;)*
+                $(let carried = [$($c),*]; carry[..carried.len()].copy_from_slice(&carried);)?
                 vec![$($h,)* $($k),*]
             }
         }
-
-        crate::rule::rule!(@in f32, $name, [$($h)* $($k)*], [$($s)*], $p, $g, $body);
-        crate::rule::rule!(@in f64, $name, [$($h)* $($k)*], [$($s)*], $p, $g, $body);
     };
-    (@in $f:ident, $name:ident, [$($k:ident)*], [$($s:ident)*], $p:ident, $g:ident, $body:block) => {
-        impl crate::rule::Update<$f, { crate::rule::count!($($k)*) }, { crate::rule::count!($($s)*) }> for $name {
+    (
+        @update $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*),
+        $p:ident, $g:ident, $body:block
+    ) => {
+        impl crate::rule::Update<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
             #[inline(always)]
             #[allow(unused_variables, unused_mut, reason = "a rule need not use every scalar or move every state")]
             #[allow(clippy::assign_op_pattern, reason = "a body is written as the paper has it")]
             fn update(
-                scalars: &[$f; crate::rule::count!($($k)*)],
+                scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
                 mut $p: $f,
                 $g: $f,
                 state: [$f; crate::rule::count!($($s)*)],
             ) -> ($f, [$f; crate::rule::count!($($s)*)]) {
-                let [$($k),*] = *scalars;
+                let [$($h,)* $($k),*] = *scalars;
                 let [$(mut $s),*] = state;
                 $body
                 ($p, [$($s),*])
@@ -97,7 +186,7 @@ macro_rules! rule {
 
             #[inline(always)]
             fn tile(
-                scalars: &[$f; crate::rule::count!($($k)*)],
+                scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
                 p: &mut [$f; crate::rule::LANES],
                 g: &[$f; crate::rule::LANES],
                 state: [&mut [$f; crate::rule::LANES]; crate::rule::count!($($s)*)],
@@ -109,7 +198,7 @@ macro_rules! rule {
                 #[allow(clippy::too_many_arguments, reason = "one for each array")]
                 #[allow(unused_assignments, unused_mut, unused_variables, reason = "a rule need not have state")]
                 fn lanes(
-                    scalars: &[$f; crate::rule::count!($($k)*)],
+                    scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
                     p: &mut [$f; crate::rule::LANES],
                     g: &[$f; crate::rule::LANES],
                     $($s: &mut [$f; crate::rule::LANES],)*
@@ -126,6 +215,94 @@ macro_rules! rule {
                 }
                 let [$($s),*] = state;
                 lanes(scalars, p, g, $($s,)* slow, finish);
+            }
+        }
+    };
+    (
+        @measure $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*), []
+    ) => {
+        impl crate::rule::Measure<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
+            fn tile(
+                _: &[$f; crate::rule::count!($($h)* $($k)*)],
+                _: &[$f; crate::rule::LANES],
+                _: &[$f; crate::rule::LANES],
+                _: [&mut [$f; crate::rule::LANES]; crate::rule::count!($($s)*)],
+                _: &mut [[f64; crate::rule::LANES]; crate::rule::SUMS],
+            ) {
+                unreachable!("its scope is none");
+            }
+        }
+    };
+    (
+        @measure $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*),
+        [($a:ident, $b:ident) $p:ident $g:ident $measure:block]
+    ) => {
+        impl crate::rule::Measure<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
+            #[inline(always)]
+            fn tile(
+                scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
+                p: &[$f; crate::rule::LANES],
+                g: &[$f; crate::rule::LANES],
+                state: [&mut [$f; crate::rule::LANES]; crate::rule::count!($($s)*)],
+                sums: &mut [[f64; crate::rule::LANES]; crate::rule::SUMS],
+            ) {
+                #[inline(always)]
+                #[allow(unused_mut, unused_variables, reason = "a rule need not use every scalar or move every state")]
+                #[allow(clippy::assign_op_pattern, reason = "a body is written as the paper has it")]
+                fn element(
+                    scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
+                    $p: $f,
+                    $g: $f,
+                    state: [$f; crate::rule::count!($($s)*)],
+                ) -> ([$f; crate::rule::count!($($s)*)], [$f; crate::rule::SUMS]) {
+                    let [$($h,)* $($k),*] = *scalars;
+                    let [$(mut $s),*] = state;
+                    let ($a, $b): ($f, $f);
+                    $measure
+                    ([$($s),*], [$a, $b])
+                }
+                #[inline(always)]
+                #[allow(clippy::too_many_arguments, reason = "one for each array")]
+                #[allow(unused_assignments, unused_mut, unused_variables, reason = "a rule need not have state")]
+                #[allow(clippy::useless_conversion, reason = "one text for f32 and f64")]
+                fn lanes(
+                    scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
+                    p: &[$f; crate::rule::LANES],
+                    g: &[$f; crate::rule::LANES],
+                    $($s: &mut [$f; crate::rule::LANES],)*
+                    first: &mut [f64; crate::rule::LANES],
+                    second: &mut [f64; crate::rule::LANES],
+                ) {
+                    for lane in 0..crate::rule::LANES {
+                        let (state, [a, b]) = element(scalars, p[lane], g[lane], [$($s[lane]),*]);
+                        let mut k = 0;
+                        $($s[lane] = crate::rule::stored(state[k]); k += 1;)*
+                        first[lane] += f64::from(a);
+                        second[lane] += f64::from(b);
+                    }
+                }
+                let [$($s),*] = state;
+                let [first, second] = sums;
+                lanes(scalars, p, g, $($s,)* first, second);
+            }
+        }
+    };
+    (
+        @evaluate $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*),
+        [$($p:ident $evaluate:expr)?]
+    ) => {
+        impl crate::rule::Evaluate<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
+            #[inline(always)]
+            #[allow(unused_variables, reason = "a rule need not use every scalar and state")]
+            fn evaluate(
+                scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
+                p: $f,
+                state: [$f; crate::rule::count!($($s)*)],
+            ) -> $f {
+                let [$($h,)* $($k),*] = *scalars;
+                let [$($s),*] = state;
+                $(let $p = p; let p = $evaluate;)?
+                p
             }
         }
     };
@@ -146,6 +323,8 @@ pub trait Float:
     + Neg<Output = Self>
     + 'static
 {
+    /// One.
+    const ONE: Self;
     /// The largest finite number.
     const MAX: Self;
     /// The smallest positive number that is not denormal.
@@ -163,6 +342,7 @@ pub trait Float:
 macro_rules! float {
     ($f:ident) => {
         impl Float for $f {
+            const ONE: Self = 1.0;
             const MAX: Self = $f::MAX;
             const MIN_POSITIVE: Self = $f::MIN_POSITIVE;
             #[inline(always)]
@@ -197,6 +377,30 @@ pub fn sqrt<F: Float>(x: F) -> F {
 #[inline(always)]
 pub fn max<F: Float>(x: F, y: F) -> F {
     if x > y { x } else { y }
+}
+
+/// WGSL's `min`; of a number and a NaN in `y`, the NaN.
+#[inline(always)]
+pub fn min<F: Float>(x: F, y: F) -> F {
+    if x < y { x } else { y }
+}
+
+/// WGSL's `abs`.
+#[inline(always)]
+pub fn abs<F: Float>(x: F) -> F {
+    x.magnitude()
+}
+
+/// WGSL's `sign`: -1, 0 or 1; of a NaN, the NaN.
+#[inline(always)]
+pub fn sign<F: Float>(x: F) -> F {
+    if x > F::default() {
+        F::ONE
+    } else if x < F::default() {
+        -F::ONE
+    } else {
+        x
+    }
 }
 
 /// WGSL's `select`: `yes` where `cond` holds, else `no`.

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use lookstep::kernel::{CHUNK, Kept, Kernel, LANES, MAX_STATE, hold, sync};
 use lookstep::lookahead::{Blend, Cycle, Phase};
-use lookstep::rule::Float;
+use lookstep::rule::{CARRY, Float, SUMS};
 use lookstep::rules::Compute;
 use lookstep::simd::Level;
 
@@ -92,9 +92,13 @@ impl<F: Float> Arrays<F> {
             match phase {
                 Phase::Plain => {}
                 Phase::Start => slow[0] = self.p[i],
-                Phase::Sync(Blend::Stay) => one.p[0] = slow[0],
-                Phase::Sync(Blend::FromSlow(a)) => one.p[0] = slow[0] + a * (one.p[0] - slow[0]),
-                Phase::Sync(Blend::FromFast(a)) => one.p[0] = one.p[0] - (one.p[0] - slow[0]) * a,
+                Phase::Sync(blend) if blend == blend_of(0.0) => one.p[0] = slow[0],
+                Phase::Sync(blend) if blend == blend_of(0.3) => {
+                    one.p[0] = slow[0] + F::round(0.3) * (one.p[0] - slow[0]);
+                }
+                Phase::Sync(_) => {
+                    one.p[0] = one.p[0] - (one.p[0] - slow[0]) * F::round(1.0 - 0.8);
+                }
             }
             all.p[i] = one.p[0];
             for (array, value) in all.kept.iter_mut().zip(&one.kept) {
@@ -105,8 +109,12 @@ impl<F: Float> Arrays<F> {
     }
 }
 
+fn blend_of<F: Float>(slow_step: f64) -> Blend<F> {
+    Blend::new(slow_step).unwrap()
+}
+
 fn phases<F: Float>() -> [Phase<Blend<F>>; 5] {
-    let sync = |slow_step| Phase::Sync(Blend::new(slow_step).unwrap());
+    let sync = |slow_step| Phase::Sync(blend_of(slow_step));
     [Phase::Plain, Phase::Start, sync(0.0), sync(0.3), sync(0.8)]
 }
 
@@ -117,7 +125,7 @@ fn every_level_gives_each_element_its_bits<F: Compute + std::fmt::Debug>() {
         let hyper: Vec<f64> = (1..=kernel.hyper.len())
             .map(|i| 0.6 / f64::from(u8::try_from(i).unwrap()))
             .collect();
-        let scalars = (kernel.scalars)(&hyper, 7.0);
+        let scalars = (kernel.scalars)(&hyper, 7.0, &mut [0.0; CARRY], [0.0; SUMS]);
         for phase in phases() {
             let start = Arrays::new(CHUNK + 1, kernel.state.len());
             let end = start.one_by_one(&kernel, phase, &scalars);
@@ -156,7 +164,7 @@ fn a_step_moves_what_it_should() {
             &kernel,
             Level::best(),
             Phase::Plain,
-            &(kernel.scalars)(&hyper, 9.0),
+            &(kernel.scalars)(&hyper, 9.0, &mut [0.0; CARRY], [0.0; SUMS]),
         );
         assert_ne!(arrays.p, start.p, "{}", kernel.name);
         assert_eq!(
@@ -176,12 +184,7 @@ fn a_leaf_without_a_gradient_takes_part_in_the_cycle_alone() {
     hold(Level::best(), Phase::Start, &mut p, &mut slow);
     assert_eq!(slow, p);
     p[0] = 3.0;
-    hold(
-        Level::best(),
-        Phase::Sync(Blend::FromFast(0.5)),
-        &mut p,
-        &mut slow,
-    );
+    hold(Level::best(), Phase::Sync(blend_of(0.5)), &mut p, &mut slow);
     assert_eq!(p[0], 2.0);
 }
 
@@ -208,7 +211,7 @@ fn a_cycle_starts_and_syncs_where_the_paper_does() {
         };
         (0..steps).map(plan).collect()
     };
-    let half = Blend::FromFast(0.5);
+    let half = blend_of(0.5);
     let (plain, start, sync) = (
         (Phase::Plain, None),
         (Phase::Start, None),

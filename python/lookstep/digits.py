@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from .hyper import Rule
 from .lookahead import Lookahead
 from .optimizer import Optimizer
 from .plot import Plane, plane
-from .rules import SGD, Adam, InnerRule, RAdam, Rule
+from .rules import SGD, Adam, InnerRule, RAdam
 
 Array: TypeAlias = NDArray[Any]
 Params: TypeAlias = dict[str, Array]

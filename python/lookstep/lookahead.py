@@ -3,7 +3,8 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from .rules import InnerRule, Rule
+from .hyper import Rule
+from .rules import InnerRule
 
 
 @dataclass(frozen=True)

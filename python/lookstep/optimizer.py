@@ -7,8 +7,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ._core import Engine
+from .hyper import Rule
 from .lookahead import Lookahead
-from .rules import InnerRule, Rule
+from .rules import InnerRule
 from .tree import Structure, Tree
 
 Params = TypeVar("Params", bound=Tree)

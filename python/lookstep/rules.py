@@ -1,126 +1,14 @@
 """Inner optimizers as pure data: one frozen dataclass a rule.
 
 A rule holds hyper-parameters and nothing else, so it can be printed, compared and shared between optimizers. Names and
-defaults are torch's. What a step does is in `src/rules/`, one file a rule.
+defaults are torch's where torch has the rule, and the paper's otherwise. What a step does is in `src/rules/`, one file
+a rule.
 """
 
-import math
-from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
-import numpy as np
-
-
-def _unwrapped(value: Any) -> Any:
-    """The scalar in an array without axes."""
-    return value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
-
-
-def _real(name: str, value: Any) -> float:
-    value = _unwrapped(value)
-    if not isinstance(value, Real) or isinstance(value, bool | np.bool):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__} {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _at_least_zero(name: str, value: Any) -> float:
-    number = _real(name, value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    return number
-
-
-def _below_one(name: str, value: Any) -> float:
-    number = _real(name, value)
-    if not 0 <= number < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
-    return number
-
-
-def _up_to_one(name: str, value: Any) -> float:
-    number = _real(name, value)
-    if not 0 <= number <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
-    return number
-
-
-def _pair_below_one(name: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) == 0:
-        raise TypeError(f"{name} must be 2 real numbers, got {type(value).__name__} {value!r}")
-    values = tuple(value)
-    if len(values) != 2:
-        raise ValueError(f"{name} must have 2 values, got {len(values)}")
-    return tuple(_below_one(f"{name}[{i}]", value) for i, value in enumerate(values))
-
-
-def _positive_integer(name: str, value: Any) -> int:
-    value = _unwrapped(value)
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer >= 1, got {type(value).__name__} {value!r}")
-    if not 1 <= int(value) < 2**63:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    return int(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool | np.bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}")
-    return bool(value)
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "lr": _at_least_zero,
-    "betas": _pair_below_one,
-    "eps": _at_least_zero,
-    "weight_decay": _at_least_zero,
-    "momentum": _below_one,
-    "dampening": _at_least_zero,
-    "nesterov": _flag,
-    "amsgrad": _flag,
-    "sync_period": _positive_integer,
-    "slow_step": _up_to_one,
-}
-"""What each hyper-parameter must be, by name: the one place for all rules."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What every rule has in common.
-
-    Args:
-        lr: learning rate, >= 0.
-        betas: decay rates of the averages of the gradient and of its square, each in [0, 1).
-        eps: added to the denominator, >= 0. Where the denominator is zero all the same, the update is zero.
-        weight_decay: >= 0. Decoupled from the gradient in `AdamW` alone: elsewhere it is an L2 penalty.
-        momentum: decay rate of the momentum buffer, in [0, 1).
-
-    Raises:
-        TypeError: if a hyper-parameter is of another type, or unknown.
-        ValueError: if it is out of range.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuses unknown keywords before dataclass does, with the known ones."""
-        known = [field.name for field in fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                from difflib import get_close_matches
-
-                close = get_close_matches(name, known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
-                raise TypeError(f"{cls.__name__} got an unexpected keyword {name!r} ({hint})")
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        """Checks every hyper-parameter, and makes each the plain Python number that it stands for."""
-        for field in fields(self):
-            if check := _CHECKS.get(field.name):
-                object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
+from .hyper import Rule
 
 
 @dataclass(frozen=True)
@@ -138,11 +26,16 @@ class InnerRule(Rule):
         return self._kernels[0]
 
     def _hyper(self) -> dict[str, float]:
-        """Numbers by the name that kernels have for them: `betas` are `b1` and `b2`."""
-        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
-        betas = numbers.pop("betas", ())
-        numbers |= {f"b{i}": beta for i, beta in enumerate(betas, 1)}
-        return {name: number for name, number in numbers.items() if isinstance(number, float)}
+        """Numbers by the name that kernels have for them: `betas` are `b1` and `b2`, `etas` are `eta1` and `eta2`."""
+        numbers: dict[str, float] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple):
+                name = "b" if field.name == "betas" else field.name.removesuffix("s")
+                numbers |= {f"{name}{i}": number for i, number in enumerate(value, 1)}
+            else:
+                numbers[field.name] = float(value)
+        return numbers
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ impl Inner {
     pub fn set_hyper(&mut self, hyper: &HashMap<String, f64>) -> PyResult<()> {
         let hyper = ordered(self.single.kernel.hyper, hyper)?;
         // Hyper-parameters come first among the scalars, and lr is in all that come after; they are largest at step 1.
-        let scalars = (self.single.kernel.scalars)(&hyper, 1.0);
+        let scalars = (self.single.kernel.scalars)(&hyper, 1.0, &mut [0.0; 3], [0.0; 2]);
         let single = self.leaves.iter().any(|leaf| leaf.dtype == Dtype::F32);
         if let Some(index) = scalars.iter().position(|x| single && !x.is_finite()) {
             let name = self.single.kernel.hyper.get(index).unwrap_or(&"lr");

@@ -188,7 +188,10 @@ impl<F: Compute + Element> Typed<F> {
                         reason = "past 2^53 steps a power of a beta is long zero"
                     )]
                     let t = leaf.steps as f64;
-                    scalars = (leaf.steps, (self.kernel.scalars)(job.hyper, t));
+                    scalars = (
+                        leaf.steps,
+                        (self.kernel.scalars)(job.hyper, t, &mut [0.0; 3], [0.0; 2]),
+                    );
                 }
             }
             let whole = leaf.p.is_slice::<F>() && (!moved || leaf.g.is_slice::<F>());
