@@ -84,14 +84,17 @@ impl Arrays {
     }
 
     fn step(&mut self, row: &Row, level: Level, scalars: &[f32]) {
-        let mut arrays = self.state.iter_mut();
-        let state = std::array::from_fn(|_| arrays.next().map_or(&mut [][..], |s| s));
-        let mut kept = Kept {
-            state,
-            slow: &mut self.slow,
-        };
-        for (p, g) in self.p.chunks_mut(CHUNK).zip(self.g.chunks(CHUNK)) {
-            (row.kernel.step)(level, row.phase, scalars, p, g, &mut kept.take(p.len()));
+        for start in (0..self.p.len()).step_by(CHUNK) {
+            let range = start..self.p.len().min(start + CHUNK);
+            let mut kept = Kept::new(self.state.len());
+            for (k, state) in self.state.iter_mut().enumerate() {
+                kept.push(k, &mut state[range.clone()]);
+            }
+            if !self.slow.is_empty() {
+                kept.push(row.kernel.state.len(), &mut self.slow[range.clone()]);
+            }
+            let (p, g) = (&mut self.p[range.clone()], &self.g[range]);
+            (row.kernel.step)(level, row.phase, scalars, p, g, &mut kept);
         }
     }
 }

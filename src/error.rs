@@ -29,6 +29,10 @@ pub enum Error {
     Changed(String, String, String),
     /// A hyper-parameter that is finite in float64 only, for a leaf of float32: its name.
     Overflow(String),
+    /// A gradient that is infinite or not a number, where that is refused: the leaf.
+    NotFinite(String),
+    /// A state that does not fit: what it is of, and what is wrong.
+    State(String, String),
     /// Arrays that another thread keeps changing.
     Unsteady,
     /// Another thread is inside a call.
@@ -46,7 +50,7 @@ impl fmt::Display for Error {
         match self {
             Self::NotAnArray(leaf, got) => write!(f, "{leaf} must be a NumPy array, got {got}"),
             Self::Subclass(leaf, got) => write!(f, "{leaf} is a {got}: pass np.asarray(x)"),
-            Self::Dtype(leaf, got) => write!(f, "{leaf} has dtype {got}; supported: float32, float64"),
+            Self::Dtype(leaf, got) => write!(f, "{leaf} has dtype {got}; supported: float16, bfloat16, float32, float64"),
             Self::ByteSwapped(leaf, got) => {
                 write!(f, "{leaf} is byte-swapped ({got}): pass x.astype(x.dtype.newbyteorder('='))")
             }
@@ -73,6 +77,8 @@ impl fmt::Display for Error {
                 f,
                 "{name} is too large for float32 parameters: a step would overflow"
             ),
+            Self::NotFinite(leaf) => write!(f, "{leaf} is not finite: it holds an infinity or a NaN"),
+            Self::State(of, what) => write!(f, "{of} {what}"),
             Self::Unsteady => f.write_str("params or grads changed while they were checked"),
             Self::Busy => f.write_str("step() is already running in another thread"),
             Self::InsideSlowWeights => {

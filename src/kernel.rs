@@ -18,41 +18,45 @@ pub const MAX_STATE: usize = 4;
 pub struct Kept<'a, F> {
     /// The rule's state, in its order.
     pub state: [&'a mut [F]; MAX_STATE],
-    /// Slow weights.
+    /// How many of these there are.
+    pub states: usize,
+    /// Slow weights of the innermost cycle.
     pub slow: &'a mut [F],
+    /// All others.
+    pub more: Vec<&'a mut [F]>,
 }
 
 impl<'a, F> Kept<'a, F> {
-    /// Cuts a leaf's `block` into `states` arrays of `n` elements, and slow weights where there is room for them.
+    /// No arrays yet, for a rule with `states` of its own.
     #[must_use]
-    pub fn new(mut block: &'a mut [F], n: usize, states: usize) -> Self {
-        let mut next = || first(&mut block, n);
-        let state = std::array::from_fn(|k| {
-            if k < states {
-                next()
-            } else {
-                Default::default()
-            }
-        });
+    pub fn new(states: usize) -> Self {
         Self {
-            state,
-            slow: next(),
+            state: std::array::from_fn(|_| Default::default()),
+            states,
+            slow: Default::default(),
+            more: Vec::new(),
         }
     }
 
-    /// Splits off the first `n` elements of each array.
-    #[must_use]
-    pub fn take(&mut self, n: usize) -> Self {
-        Self {
-            state: self.state.each_mut().map(|s| first(s, n)),
-            slow: first(&mut self.slow, n),
+    /// Adds the next array: first the rule's own, then slow weights, then all others.
+    pub fn push(&mut self, row: usize, array: &'a mut [F]) {
+        if row > self.states {
+            self.more.push(array);
+        } else {
+            *self.row(row) = array;
         }
     }
-}
 
-#[allow(clippy::mut_mut, reason = "as `split_off_mut` has it")]
-fn first<'a, F>(from: &mut &'a mut [F], n: usize) -> &'a mut [F] {
-    from.split_off_mut(..n).unwrap_or_default()
+    /// The array of a row, in the order in which they were added.
+    pub fn row(&mut self, row: usize) -> &mut &'a mut [F] {
+        if row < self.states {
+            &mut self.state[row]
+        } else if row == self.states {
+            &mut self.slow
+        } else {
+            &mut self.more[row - self.states - 1]
+        }
+    }
 }
 
 /// A function from hyper-parameters, the step, what was carried to it and sums to what a body reads.
@@ -136,21 +140,6 @@ impl<F: Float> Kernel<F> {
                 .then_some(|level, c, p, kept| at!(level, evaluated::<F, R, K, N>(c, p, kept))),
         }
     }
-}
-
-/// What a step does to a leaf that its rule leaves alone.
-pub fn hold<F: Float>(level: Level, phase: Phase<Blend<F>>, p: &mut [F], slow: &mut [F]) {
-    match phase {
-        Phase::Plain => {}
-        Phase::Start => slow.copy_from_slice(p),
-        Phase::Sync(blend) => sync(level, blend, p, slow),
-    }
-}
-
-/// The sync alone.
-pub fn sync<F: Float>(level: Level, blend: Blend<F>, fast: &mut [F], slow: &[F]) {
-    let pairs = fast.iter_mut().zip(slow);
-    at!(level, pairs.for_each(|(f, &s)| *f = blend.of(*f, s)));
 }
 
 #[inline(always)]

@@ -2,40 +2,12 @@
 //!
 //! Nothing here touches an array's numbers; that is left to whoever can argue that their memory is there.
 
-use std::fmt;
 use std::ops::Range;
 
+use crate::element::Dtype;
 use crate::error::{Error, tuple};
 use crate::layout::{Layout, order};
-
-/// A number format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary64.
-    F64,
-}
-
-impl Dtype {
-    /// Bytes a number.
-    #[must_use]
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F64 => 8,
-        }
-    }
-}
-
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "float32",
-            Self::F64 => "float64",
-        })
-    }
-}
+use crate::rule::CARRY;
 
 /// What an array says of itself.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +44,22 @@ impl Place {
         }
     }
 
+    /// Where an array of any elements of `item` bytes has them: in the leaf's order where it has the leaf's shape.
+    #[must_use]
+    pub fn raw(leaf: &Leaf, data: usize, shape: &[usize], strides: &[isize], item: usize) -> Self {
+        let counting: Vec<usize> = (0..shape.len()).collect();
+        let order = if *shape == *leaf.shape {
+            &leaf.order
+        } else {
+            &*counting
+        };
+        Self {
+            data,
+            strides: strides.into(),
+            layout: Layout::new(shape, strides, order, item),
+        }
+    }
+
     fn is(&self, header: &Header) -> bool {
         self.data == header.data && *self.strides == *header.strides
     }
@@ -99,8 +87,20 @@ pub struct Leaf {
     pub p: Place,
     /// Where the last gradient was.
     pub g: Place,
-    /// Steps in which the rule has moved it.
+    /// The number format of the last gradient.
+    pub g_dtype: Dtype,
+    /// Steps in which the rule has moved it, since its state was reset.
     pub steps: u64,
+    /// What the rule carries to the next of them.
+    pub carry: [f64; CARRY],
+    /// Which of the groups it is in.
+    pub group: usize,
+    /// Where its rows begin, in bytes from the first leaf's.
+    pub at: usize,
+    /// What tells its random numbers from other leaves'.
+    pub key: u32,
+    /// Its elements' numbers in the order of its axes, where it is not walked in that order.
+    pub logical: Option<Layout>,
 }
 
 impl Leaf {
@@ -108,7 +108,7 @@ impl Leaf {
     ///
     /// # Errors
     /// If the array is read-only or overlaps itself.
-    pub fn new(name: String, header: &Header) -> Result<Self, Error> {
+    pub fn new(name: String, group: usize, header: &Header) -> Result<Self, Error> {
         let order = order(header.strides).into_boxed_slice();
         let p = Place::new(header, &order);
         if !header.writeable {
@@ -125,10 +125,16 @@ impl Leaf {
             name,
             dtype: header.dtype,
             shape: header.shape.into(),
-            order,
             p,
             g,
+            g_dtype: header.dtype,
             steps: 0,
+            carry: [0.0; CARRY],
+            group,
+            at: 0,
+            key: 0,
+            logical: logical(header.shape, &order),
+            order,
         })
     }
 
@@ -193,20 +199,21 @@ impl Leaf {
                 self.shape.to_vec(),
             ));
         }
-        if self.dtype != now.dtype {
+        if self.dtype.compute() != now.dtype.compute() {
             return Err(Error::GradDtype(
                 self.grad_name(),
                 now.dtype.to_string(),
                 self.dtype.to_string(),
             ));
         }
-        if self.g.is(now) {
+        if self.g.is(now) && self.g_dtype == now.dtype {
             return Ok(Vec::new());
         }
-        if *self.g.strides == *now.strides {
+        if *self.g.strides == *now.strides && self.g_dtype == now.dtype {
             self.g.data = now.data;
         } else {
             self.g = Place::new(now, &self.order);
+            self.g_dtype = now.dtype;
         }
         Ok(spans.touching(&self.g.span()))
     }
@@ -215,6 +222,18 @@ impl Leaf {
     pub fn forget_grad(&mut self) -> usize {
         std::mem::take(&mut self.g.data)
     }
+}
+
+/// Numbers of the elements of an array of `shape`, walked along the axes in `order`; none where that is counting.
+fn logical(shape: &[usize], order: &[usize]) -> Option<Layout> {
+    if order.is_sorted() {
+        return None;
+    }
+    let mut strides = vec![1_isize; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis].wrapping_mul(shape[axis].cast_signed());
+    }
+    Some(Layout::new(shape, &strides, order, 1))
 }
 
 fn describe(header: &Header) -> String {

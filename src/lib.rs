@@ -5,7 +5,10 @@
 //! tiles at the best instruction set ([`simd`]); [`lookahead`] counts the cycle; [`layout`] says where a strided array
 //! keeps its numbers; [`wgsl`] writes the same rule as a compute shader. `py` is the only file that knows Python.
 
+pub mod codec;
+pub mod element;
 pub mod error;
+pub mod gradient;
 pub mod kernel;
 pub mod layout;
 pub mod leaf;
@@ -16,4 +19,5 @@ pub mod reduce;
 pub mod rule;
 pub mod rules;
 pub mod simd;
+pub mod step;
 pub mod wgsl;

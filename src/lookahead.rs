@@ -1,5 +1,7 @@
-//! Lookahead's cycle: when slow weights are taken, when they move, and by what arithmetic. Slow weights are the fast
-//! ones as the first step of a cycle finds them, so between cycles the two are one, and no second copy is kept.
+//! Lookahead's cycles: when slow weights are taken, when they move, and by what arithmetic. Slow weights are the fast
+//! ones as the first step of a cycle finds them, so between cycles the two are one, and no second copy is in use.
+//!
+//! Cycles nest: an outer one counts the syncs of the one within it as its steps.
 
 use crate::rule::{Float, select};
 
@@ -14,13 +16,35 @@ pub enum Phase<B> {
     Sync(B),
 }
 
-/// Counts applied steps in cycles of `period`.
-#[derive(Clone, Debug)]
+/// What a sync does to the state of the rule within, and to the momentum of the cycles within.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InnerState {
+    /// Nothing.
+    Keep,
+    /// It is zero again, and steps are counted from the start.
+    Reset,
+    /// It moves as slow weights do, from what it was after the last sync (zero at first).
+    Pullback,
+}
+
+/// A sync that takes `slow - fast` for a gradient and `slow_step` for its learning rate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outer {
+    /// The decay of its momentum.
+    pub momentum: f64,
+    /// Whether it looks ahead along the momentum.
+    pub nesterov: bool,
+}
+
+/// One level of Lookahead.
+#[derive(Clone, Copy, Debug)]
 pub struct Cycle {
-    /// Steps a cycle.
+    /// Steps a cycle, or syncs of the cycle within.
     pub period: u64,
-    /// The fraction of the way that slow moves toward fast at a sync.
-    pub slow_step: f64,
+    /// Momentum of the sync.
+    pub outer: Option<Outer>,
+    /// What a sync does to what is within.
+    pub inner_state: InnerState,
     /// Steps since the last sync.
     pub done: u64,
     /// Syncs so far.
@@ -30,48 +54,77 @@ pub struct Cycle {
 impl Cycle {
     /// A cycle that has not begun.
     #[must_use]
-    pub fn new(period: u64, slow_step: f64) -> Self {
+    pub fn new(period: u64, outer: Option<Outer>, inner_state: InnerState) -> Self {
         Self {
             period,
-            slow_step,
+            outer,
+            inner_state,
             done: 0,
             syncs: 0,
         }
     }
+}
 
-    /// Whether slow weights are ever kept in an array of their own: not where every step's sync leaves fast where it is.
+/// Nested cycles, the innermost first; none without Lookahead.
+#[derive(Clone, Debug, Default)]
+pub struct Cycles(pub Vec<Cycle>);
+
+impl Cycles {
+    /// How many cycles begin with the next step, counted from the innermost.
     #[must_use]
-    pub fn keeps_slow(&self) -> bool {
-        self.period > 1 || self.slow_step < 1.0
+    pub fn starting(&self) -> usize {
+        self.0.iter().take_while(|cycle| cycle.done == 0).count()
     }
 
-    /// What the next step does: within the kernel, and as a sync of its own after it (where a cycle is one step, whose
-    /// slow weights must be taken before they can meet the fast ones). A sync that leaves fast where it is, is no work.
+    /// How many cycles end when the innermost has done `more` steps.
     #[must_use]
-    pub fn plan<F: Float>(&self) -> (Phase<Blend<F>>, Option<Blend<F>>) {
-        let ends = self.done + 1 == self.period;
-        let sync = ends.then(|| Blend::new(self.slow_step)).flatten();
-        match (self.done == 0, sync) {
-            (true, _) if !self.keeps_slow() => (Phase::Plain, None),
-            (true, sync) => (Phase::Start, sync),
-            (false, Some(blend)) => (Phase::Sync(blend), None),
-            (false, None) => (Phase::Plain, None),
+    pub fn ending(&self, more: u64) -> usize {
+        let (inner, outer) = self.0.split_at(usize::from(!self.0.is_empty()));
+        match inner {
+            [inner] if inner.done + more == inner.period => 1 + ends(outer),
+            _ => 0,
         }
     }
 
-    /// Counts a step.
-    pub fn advance(&mut self) {
-        self.done += 1;
-        if self.done == self.period {
-            self.close();
+    /// How many cycles end where the innermost ends now.
+    #[must_use]
+    pub fn ending_now(&self) -> usize {
+        self.0.get(1..).map_or(0, |outer| 1 + ends(outer))
+    }
+
+    /// Counts `steps` of the innermost cycle, and `ending` syncs from the innermost outward.
+    pub fn advance(&mut self, steps: u64, ending: usize) {
+        if let Some(inner) = self.0.first_mut() {
+            inner.done += steps;
+        }
+        for cycle in &mut self.0[..ending] {
+            cycle.done = 0;
+            cycle.syncs += 1;
+        }
+        if let Some(outer) = self.0.get_mut(ending).filter(|_| ending > 0) {
+            outer.done += 1;
         }
     }
 
-    /// Ends the cycle now.
-    pub fn close(&mut self) {
-        self.done = 0;
-        self.syncs += 1;
+    /// Whether slow weights differ from fast ones.
+    #[must_use]
+    pub fn begun(&self) -> bool {
+        self.0.iter().any(|cycle| cycle.done > 0)
     }
+
+    /// Syncs of the innermost cycle so far.
+    #[must_use]
+    pub fn syncs(&self) -> u64 {
+        self.0.first().map_or(0, |cycle| cycle.syncs)
+    }
+}
+
+/// How many of `outer` end with one more sync within.
+fn ends(outer: &[Cycle]) -> usize {
+    outer
+        .iter()
+        .take_while(|cycle| cycle.done + 1 == cycle.period)
+        .count()
 }
 
 /// Slow weights' move toward fast ones, in the form that is exact at both ends.
@@ -102,5 +155,35 @@ impl<F: Float> Blend<F> {
         let from_fast = fast - way * self.rest;
         let near = select(from_fast, from_slow, self.step < self.rest);
         select(near, slow, self.step == F::default())
+    }
+}
+
+/// A sync with momentum `u`.
+#[derive(Clone, Copy, Debug)]
+pub struct Momentum<F> {
+    step: F,
+    decay: F,
+    nesterov: bool,
+}
+
+impl<F: Float> Momentum<F> {
+    /// The arithmetic of `outer` at learning rate `slow_step`.
+    #[must_use]
+    pub fn new(outer: Outer, slow_step: f64) -> Self {
+        Self {
+            step: F::round(slow_step),
+            decay: F::round(outer.momentum),
+            nesterov: outer.nesterov,
+        }
+    }
+
+    /// Where a pair meets.
+    #[must_use]
+    #[inline(always)]
+    pub fn of(self, fast: F, slow: F, u: &mut F) -> F {
+        let gradient = slow - fast;
+        *u = self.decay * *u + gradient;
+        let ahead = gradient + self.decay * *u;
+        slow - self.step * select(*u, ahead, self.nesterov)
     }
 }

@@ -20,10 +20,11 @@ mod array;
 mod engine;
 mod inner;
 mod memory;
+mod work;
 
 use std::collections::HashMap;
 
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyFloatingPointError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::Error;
@@ -43,7 +44,9 @@ impl From<Error> for PyErr {
             | Error::ReadOnly(..)
             | Error::OverlapsItself(..)
             | Error::Overflow(..)
+            | Error::State(..)
             | Error::SharesMemory(..) => PyValueError::new_err(text),
+            Error::NotFinite(_) => PyFloatingPointError::new_err(text),
             Error::Changed(..)
             | Error::Unsteady
             | Error::Busy

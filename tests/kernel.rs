@@ -4,11 +4,13 @@
 
 use std::ops::Range;
 
-use lookstep::kernel::{CHUNK, Kept, Kernel, LANES, MAX_STATE, hold, sync};
-use lookstep::lookahead::{Blend, Cycle, Phase};
+use lookstep::element::Dtype;
+use lookstep::kernel::{CHUNK, Kept, Kernel, LANES};
+use lookstep::lookahead::{Blend, Cycle, Cycles, InnerState, Phase};
 use lookstep::rule::{CARRY, Float, SUMS};
 use lookstep::rules::Compute;
 use lookstep::simd::Level;
+use lookstep::step::{Rows, Step, Sync};
 
 /// Fast weights, gradients, and the kept arrays (state, then slow weights).
 #[derive(Clone, Debug, PartialEq)]
@@ -48,20 +50,11 @@ impl<F: Float> Arrays<F> {
     }
 
     fn kept(&mut self) -> (&mut [F], &[F], Kept<'_, F>) {
-        let states = self.kept.len() - 1;
-        let mut arrays = self.kept.iter_mut().map(Vec::as_mut_slice);
-        let mut state: [&mut [F]; MAX_STATE] = Default::default();
-        for s in state.iter_mut().take(states) {
-            *s = arrays.next().unwrap();
+        let mut kept = Kept::new(self.kept.len() - 1);
+        for (row, array) in self.kept.iter_mut().enumerate() {
+            kept.push(row, array);
         }
-        (
-            &mut self.p,
-            &self.g,
-            Kept {
-                state,
-                slow: arrays.next().unwrap(),
-            },
-        )
+        (&mut self.p, &self.g, kept)
     }
 
     fn step(&mut self, kernel: &Kernel<F>, level: Level, phase: Phase<Blend<F>>, scalars: &[F]) {
@@ -175,55 +168,78 @@ fn a_step_moves_what_it_should() {
     }
 }
 
+/// A rule within one cycle, at work on a leaf of its own without gradients.
+fn without_gradient(p: &mut [f32], slow: &mut [f32], starting: usize, slow_step: Option<f64>) {
+    let kernel = f32::kernels()
+        .into_iter()
+        .find(|kernel| kernel.name == "Sgd");
+    let cycle = Cycle::new(3, None, InnerState::Keep);
+    let syncs: Vec<_> = slow_step
+        .map(|slow_step| Sync::new(&cycle, slow_step))
+        .into_iter()
+        .collect();
+    let mut kept = Kept::new(0);
+    kept.push(0, slow);
+    let step = Step {
+        level: Level::best(),
+        kernel: &kernel.unwrap(),
+        scalars: &[],
+        starting,
+        syncs: &syncs,
+        rows: &Rows::new(&[], &[cycle], false, false),
+        dtype: Dtype::F32,
+    };
+    step.advance(p, None, &mut kept);
+}
+
 #[test]
 fn a_leaf_without_a_gradient_takes_part_in_the_cycle_alone() {
     let mut p = [1.0, f32::INFINITY, 3.0];
     let mut slow = [0.0; 3];
-    hold(Level::best(), Phase::Plain, &mut p, &mut slow);
+    without_gradient(&mut p, &mut slow, 0, None);
     assert_eq!((p[0], slow), (1.0, [0.0; 3]));
-    hold(Level::best(), Phase::Start, &mut p, &mut slow);
+    without_gradient(&mut p, &mut slow, 1, None);
     assert_eq!(slow, p);
     p[0] = 3.0;
-    hold(Level::best(), Phase::Sync(blend_of(0.5)), &mut p, &mut slow);
+    without_gradient(&mut p, &mut slow, 0, Some(0.5));
     assert_eq!(p[0], 2.0);
 }
 
 #[test]
 fn a_sync_is_exact_at_both_ends() {
-    let slow = [0.1_f32, -7.3e8, 1e-30, 5.5];
+    let mut slow = [0.1_f32, -7.3e8, 1e-30, 5.5];
     let fast = [3.3e7_f32, 0.2, -1e30, f32::NAN];
-    for level in Level::available() {
-        let mut p = fast;
-        sync(level, Blend::new(0.0).unwrap(), &mut p, &slow);
-        assert_eq!(p, slow);
-    }
+    let mut p = fast;
+    without_gradient(&mut p, &mut slow, 0, Some(0.0));
+    assert_eq!(p, slow);
+    p = fast;
+    without_gradient(&mut p, &mut slow, 0, Some(1.0));
+    assert_eq!(p[..3], fast[..3]);
     assert_eq!(Blend::<f32>::new(1.0), None);
 }
 
 #[test]
 fn a_cycle_starts_and_syncs_where_the_paper_does() {
-    let plans = |period, slow_step, steps: usize| -> Vec<_> {
-        let mut cycle = Cycle::new(period, slow_step);
+    let plans = |periods: &[u64], steps: usize| -> Vec<_> {
+        let cycle = |&period| Cycle::new(period, None, InnerState::Keep);
+        let mut cycles = Cycles(periods.iter().map(cycle).collect());
         let plan = |_| {
-            let plan = cycle.plan::<f32>();
-            cycle.advance();
+            let plan = (cycles.starting(), cycles.ending(1));
+            cycles.advance(1, plan.1);
             plan
         };
         (0..steps).map(plan).collect()
     };
-    let half = blend_of(0.5);
-    let (plain, start, sync) = (
-        (Phase::Plain, None),
-        (Phase::Start, None),
-        (Phase::Sync(half), None),
-    );
+    let (start, plain, sync) = ((1, 0), (0, 0), (0, 1));
     assert_eq!(
-        plans(3, 0.5, 7),
+        plans(&[3], 7),
         [start, plain, sync, start, plain, sync, start]
     );
-    assert_eq!(plans(3, 1.0, 4), [start, plain, plain, start]);
-    assert_eq!(plans(1, 0.5, 2), [(Phase::Start, Some(half)); 2]);
-    assert_eq!(plans(1, 1.0, 2), [plain; 2]);
+    assert_eq!(plans(&[1], 2), [(1, 1); 2]);
+    assert_eq!(plans(&[], 2), [(0, 0); 2]);
+    // Around two cycles of two steps, a cycle of two.
+    assert_eq!(plans(&[2, 2], 5), [(2, 0), (0, 1), (1, 0), (0, 2), (2, 0)]);
+    assert_eq!(plans(&[1, 1, 2], 3), [(3, 2), (2, 3), (3, 2)]);
 }
 
 #[test]

@@ -5,9 +5,22 @@ toward them (Zhang, Lucas, Hinton & Ba, 2019, https://arxiv.org/abs/1907.08610).
 pass over the user's own NumPy arrays.
 """
 
+from . import schedules
 from ._core import __version__
-from .lookahead import Lookahead
+from .lookahead import HeavyBall, Lookahead, Nesterov, OptimalSlowStep
 from .optimizer import Optimizer
 from .rules import SGD, Adam, AdamW, RAdam
 
-__all__ = ["SGD", "Adam", "AdamW", "Lookahead", "Optimizer", "RAdam", "__version__"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "HeavyBall",
+    "Lookahead",
+    "Nesterov",
+    "OptimalSlowStep",
+    "Optimizer",
+    "RAdam",
+    "__version__",
+    "schedules",
+]

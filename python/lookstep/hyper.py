@@ -1,10 +1,10 @@
 """Hyper-parameters: what each must be, by name, in one place for all rules."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,22 @@ def real(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def finite(name: str, value: Any) -> float:
+    """A finite number."""
+    number = real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return number
+
+
+def above_zero(name: str, value: Any) -> float:
+    """A finite number > 0."""
+    number = real(name, value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    return number
 
 
 def at_least_zero(name: str, value: Any) -> float:
@@ -49,7 +65,8 @@ def up_to_one(name: str, value: Any) -> float:
     return number
 
 
-def _pairbelow_one(name: str, value: Any) -> tuple[float, ...]:
+def pair_below_one(name: str, value: Any) -> tuple[float, ...]:
+    """Two numbers in [0, 1)."""
     if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) == 0:
         raise TypeError(f"{name} must be 2 real numbers, got {type(value).__name__} {value!r}")
     values = tuple(value)
@@ -68,6 +85,18 @@ def positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def count(name: str, value: Any) -> int:
+    """An integer >= 0, as a plain int."""
+    if type(value) is int and value >= 0:  # Schedules are called with one at every step.
+        return value
+    value = unwrapped(value)
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer >= 0, got {type(value).__name__} {value!r}")
+    if int(value) < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+    return int(value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False, as a plain bool."""
     if not isinstance(value, bool | np.bool):
@@ -75,9 +104,46 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
+Check: TypeAlias = Callable[[str, Any], Any]
+"""Takes a hyper-parameter's name and value; gives the plain Python value that it stands for, or raises."""
+
+Scheduled: TypeAlias = float | Callable[[int], float]
+"""A number, or what gives one for each step: a `Schedule`, or any function of the number of steps taken so far."""
+
+
+def at_step(name: str, value: Any, step: int, check: Check | None = None) -> float:
+    """What a hyper-parameter that may follow a schedule is at a step, counted from 0.
+
+    Raises:
+        TypeError, ValueError: if it is not what it must be, naming the step.
+    """
+    check = check or CHECKS[name]
+    if not is_scheduled(value):
+        number: float = check(name, value)
+        return number
+    now = value(step)
+    try:
+        number = check(name, now)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error} at step {step}, from {value!r}") from None
+    return number
+
+
+def is_scheduled(value: Any) -> bool:
+    """Whether a value is a function of the step."""
+    return callable(value) and not isinstance(value, type)
+
+
+def _scheduled(name: str, value: Any) -> Scheduled:
+    """A number, or a function of the step, of which the first value is checked."""
+    first = at_step(name, value, 0)
+    scheduled: Scheduled = value if is_scheduled(value) else first
+    return scheduled
+
+
+CHECKS: dict[str, Check] = {
     "lr": at_least_zero,
-    "betas": _pairbelow_one,
+    "betas": pair_below_one,
     "eps": at_least_zero,
     "weight_decay": at_least_zero,
     "momentum": below_one,
@@ -89,22 +155,15 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 """What each hyper-parameter must be, by name: the one place for all rules."""
 
+SCHEDULED = ("lr", "weight_decay", "momentum", "slow_step")
+"""What may follow a schedule."""
+
 
 @dataclass(frozen=True)
-class Rule:
-    """What every rule has in common.
+class Checked:
+    """Hyper-parameters that are checked by name, and refused by name where there are no such."""
 
-    Args:
-        lr: learning rate, >= 0.
-        betas: decay rates of the averages of the gradient and of its square, each in [0, 1).
-        eps: added to the denominator, >= 0. Where the denominator is zero all the same, the update is zero.
-        weight_decay: >= 0. Decoupled from the gradient in `AdamW` alone: elsewhere it is an L2 penalty.
-        momentum: decay rate of the momentum buffer, in [0, 1).
-
-    Raises:
-        TypeError: if a hyper-parameter is of another type, or unknown.
-        ValueError: if it is out of range.
-    """
+    _checks: ClassVar[Mapping[str, Check]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Refuses unknown keywords before dataclass does, with the known ones."""
@@ -121,5 +180,24 @@ class Rule:
     def __post_init__(self) -> None:
         """Checks every hyper-parameter, and makes each the plain Python number that it stands for."""
         for field in fields(self):
-            if check := CHECKS.get(field.name):
+            if check := self._checks.get(field.name):
                 object.__setattr__(self, field.name, check(field.name, getattr(self, field.name)))
+
+
+@dataclass(frozen=True)
+class Rule(Checked):
+    """What every rule has in common.
+
+    Args:
+        lr: learning rate, >= 0.
+        betas: decay rates of the averages of the gradient and of its square, each in [0, 1).
+        eps: added to the denominator, >= 0. Where the denominator is zero all the same, the update is zero.
+        weight_decay: >= 0. Decoupled from the gradient in `AdamW` alone: elsewhere it is an L2 penalty.
+        momentum: decay rate of the momentum buffer, in [0, 1).
+
+    Raises:
+        TypeError: if a hyper-parameter is of another type, or unknown.
+        ValueError: if it is out of range.
+    """
+
+    _checks: ClassVar[Mapping[str, Check]] = CHECKS | {name: _scheduled for name in SCHEDULED}

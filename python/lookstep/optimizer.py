@@ -1,37 +1,71 @@
 """The optimizer: a rule at work on the user's arrays."""
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from . import checkpoint
 from ._core import Engine
-from .hyper import Rule
-from .lookahead import Lookahead
+from .atomic import StrPath
+from .hyper import Rule, above_zero, at_step, count, flag, is_scheduled, real
+from .lookahead import Lookahead, Nesterov, OptimalSlowStep
 from .rules import InnerRule
 from .tree import Structure, Tree
 
 Params = TypeVar("Params", bound=Tree)
+Groups = Sequence[tuple[str, Mapping[str, Any]]]
 
 _LOOK_AGAIN = 32
 """Steps between looks at whether `params` still holds the same arrays."""
 
 
 class Optimizer(Generic[Params]):
-    """Moves parameters in place by a rule.
+    r"""Moves parameters in place by a rule.
 
     The arrays are the user's, and stay so: a step writes new numbers into them, and to load other weights is to write
     them there too (`w[...] = loaded`). Arrays of any layout are stepped in place; contiguous ones are fastest. State is
     made once, here. A step that is refused has changed nothing.
 
+    Parameters of float32 and float64 are computed in their own type; those of float16 and bfloat16 (of `ml_dtypes`) in
+    float32, with state and slow weights in float32. Options that are not used cost nothing.
+
     Args:
-        params: a NumPy array of dtype float32 or float64, or a list, tuple or dict of such, to any depth.
-        rule: what a step does: `SGD`, `Adam`, `AdamW`, `RAdam`, or `Lookahead` around one of them.
+        params: a NumPy array of dtype float16, bfloat16, float32 or float64, or a list, tuple or dict of such, to any
+            depth.
+        rule: what a step does: `SGD`, `Adam`, ... or `Lookahead` around one of them.
+        groups: what is different for some leaves: pairs of a regular expression, searched for in a leaf's path
+            ("encoder/w"), and a dict of the inner rule's hyper-parameters, of `slow_step`, or `{"frozen": True}`, which
+            leaves a leaf untouched. The first that matches counts.
+        max_grad_norm: the largest norm of all gradients together, > 0: larger ones are scaled down to it. The norm is
+            accumulated in float64, in a fixed order.
+        max_grad_value: the largest magnitude of an element of a gradient, > 0.
+        nonfinite: what a gradient that holds an infinity or a NaN does. `"propagate"`: it is stepped with. `"skip"`:
+            nothing moves, the cycle does not advance, and `skipped` counts it. `"raise"`: FloatingPointError, and
+            nothing has moved.
+        centralize: the axis of a gradient that belongs to outputs (-1 for weights that are used as `x @ w`, 0 as torch
+            has them): the mean over all other axes is taken away (gradient centralisation, Yong et al., 2020,
+            https://arxiv.org/abs/2004.01461). Leaves of one axis stay as they are.
+        master_weights: keep a float32 copy of parameters of 16 bits, and step that; the parameters are it, rounded.
+        state_dtype: what the rule's moments are kept in: `None` for what is computed in, `"bfloat16"`, or `"int8"`: 8
+            bits with a scale for each 256 elements. Slow weights and other weights stay whole, and so does all of
+            float64.
+        rounding: how they are rounded to that: `"stochastic"`, which is right in the mean, or `"nearest"`, which loses
+            what is less than half a step: second moments in bfloat16 hardly fall with it.
+        seed: an integer in [0, 2^32): the random bits of an element depend on it, the leaf's path, the element's index
+            and the step alone.
+
+    Gradients are multiplied by `scale`, clipped by value, clipped by norm, and centralised, in this order.
 
     Raises:
         TypeError: if `rule` is no rule, `params` no such tree, or a leaf no such array; the leaf is named by its path.
-        ValueError: if there is no leaf, a leaf is read-only, or two leaves share memory.
+        ValueError: if there is no leaf, a leaf is read-only, two leaves share memory, an option is out of range, or a
+            group matches no leaf.
 
     Example:
         >>> import numpy as np
@@ -42,40 +76,99 @@ class Optimizer(Generic[Params]):
         ...     opt.step({"w": params["w"] * 2, "b": params["b"] * 2})
         >>> opt.steps, opt.syncs
         (10, 2)
+        >>> opt = ls.Optimizer(params, ls.AdamW(lr=0.1), groups=[("b$", {"weight_decay": 0.0})], max_grad_norm=1.0)
+        >>> opt.step({"w": params["w"] * 2, "b": params["b"] * 2})
     """
 
-    def __init__(self, params: Params, rule: Rule) -> None:
+    def __init__(
+        self,
+        params: Params,
+        rule: Rule,
+        *,
+        groups: Groups | None = None,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
+        nonfinite: Literal["propagate", "skip", "raise"] = "propagate",
+        centralize: int | None = None,
+        master_weights: bool = False,
+        state_dtype: Literal["bfloat16", "int8"] | None = None,
+        rounding: Literal["stochastic", "nearest"] = "stochastic",
+        seed: int = 0,
+    ) -> None:
         """Checks the arrays, and makes the rule's state for them."""
-        if not isinstance(rule, InnerRule | Lookahead):
-            got = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
-            raise TypeError(f"rule must be a rule such as Lookahead(Adam(lr=1e-3)), got {got}")
-        self._params = params
-        self._rule = rule
+        self._options = {
+            "max_grad_norm": max_grad_norm if max_grad_norm is None else above_zero("max_grad_norm", max_grad_norm),
+            "max_grad_value": max_grad_value
+            if max_grad_value is None
+            else above_zero("max_grad_value", max_grad_value),
+            "nonfinite": _choice("nonfinite", nonfinite, "propagate", "skip", "raise"),
+            "centralize": centralize if centralize is None else _axis(centralize),
+            "master_weights": flag("master_weights", master_weights),
+            "state_dtype": _choice("state_dtype", state_dtype, None, "bfloat16", "int8"),
+            "rounding": _choice("rounding", rounding, "stochastic", "nearest"),
+            "seed": _seed(seed),
+        }
         self._structure = Structure(params)
+        self._plan = _Plan.of(rule, groups or (), self._structure.paths)
+        self._params = params
         self._leaves = leaves = list(self._structure.leaves(params))
-        inner = self._inner
-        cycle = (rule.sync_period, rule.slow_step) if isinstance(rule, Lookahead) else None
-        self._engine = Engine(self._structure.names, leaves, inner._kernel, inner._hyper(), cycle)
+        _check_axis(self._options["centralize"], self._structure.names, leaves)
+        plan = self._plan
+        self._engine = Engine(
+            self._structure.names,
+            leaves,
+            plan.of_leaf,
+            [
+                {
+                    "kernel": group.inner._kernel,
+                    "hyper": group.inner._hyper(),
+                    "slow_steps": slow_steps,
+                    "frozen": group.frozen,
+                    "maximize": group.inner._maximizes,
+                }
+                for group, (_, slow_steps) in zip(plan.groups, plan.hyper(0), strict=True)
+            ],
+            [
+                {
+                    "period": level.sync_period,
+                    "outer": level.outer and (level.outer.momentum, isinstance(level.outer, Nesterov)),
+                    "inner_state": level.inner_state,
+                }
+                for level in plan.levels
+            ],
+            self._options
+            | {"optimal": plan.levels[0]._check_slow_step(plan.levels[0].slow_step, 0) if plan.is_optimal else None}
+            | {"seed": self._options["seed"] if rounding == "stochastic" else None},
+        )
 
-    def step(self, grads: Any) -> None:
+    def step(self, grads: Any, *, scale: float = 1.0) -> None:
         """Moves every parameter by its gradient, in place; at the end of a cycle, slow and fast weights sync.
 
         The interpreter lock is released while numbers move.
 
         Args:
-            grads: a tree of the structure of `params`; each leaf an array of its parameter's shape and dtype, of any
-                layout, read-only or not. Where a leaf is `None`, the rule leaves the parameter and its state alone; a
-                sync includes it all the same.
+            grads: a tree of the structure of `params`; each leaf an array of its parameter's shape, of any layout,
+                read-only or not, of float64 for a parameter of float64, and of any narrower float for others. Where a
+                leaf is `None`, the rule leaves the parameter and its state alone; a sync includes it all the same.
+            scale: what gradients are multiplied by, such as 1 / the loss's scale.
 
         Raises:
-            TypeError: if a leaf is no array, or of another dtype than its parameter.
-            ValueError: if a leaf is missing, unknown, of another shape, or shares memory with a parameter or the state.
+            TypeError: if a leaf is no array, or of a dtype that does not go with its parameter's.
+            ValueError: if a leaf is missing, unknown, of another shape, or shares memory with a parameter or the state;
+                or if a schedule gives a value that cannot be, naming the step.
+            FloatingPointError: if a gradient is not finite, with `nonfinite="raise"`.
             RuntimeError: if `params` holds another array than when the optimizer was built, or one that has changed in
                 more than its numbers; if params hold the slow weights; or if another thread is stepping this optimizer.
         """
         if not self._engine.steps % _LOOK_AGAIN:
             self._check_bound()
-        self._engine.step(self._structure.leaves(grads))
+        leaves = self._structure.leaves(grads)
+        if self._plan.is_scheduled:
+            self._engine.set_hyper(self._plan.hyper(self._engine.steps))
+        if scale == 1.0:
+            self._engine.step(leaves)
+        else:
+            self._engine.step(leaves, _scale(scale))
 
     def sync(self) -> None:
         """Ends the cycle now: slow and fast weights meet, as at the end of a whole cycle.
@@ -125,24 +218,63 @@ class Optimizer(Generic[Params]):
         return dict(zip(self._structure.paths, self._engine.state(), strict=True))
 
     @property
+    def params(self) -> Params:
+        """The parameters: the arrays that the optimizer was built over."""
+        return self._params
+
+    @property
     def rule(self) -> Rule:
-        """The rule, with the hyper-parameters of the next step."""
-        return self._rule
+        """The rule; set it to another of the same kind to change hyper-parameters from the next step on.
+
+        Raises:
+            TypeError: if it is set to what is no rule.
+            ValueError: if the new rule needs other state than the old one, or another `sync_period`.
+        """
+        return self._plan.rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        self._replan(rule, self._plan.given)
+
+    @property
+    def groups(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """What is different for some leaves; set it to change hyper-parameters of groups from the next step on.
+
+        Raises:
+            TypeError, ValueError: as for the argument; also if the new groups need other state than the old ones.
+        """
+        return self._plan.given
+
+    @groups.setter
+    def groups(self, groups: Groups) -> None:
+        self._replan(self._plan.rule, groups)
+
+    def _replan(self, rule: Rule, groups: Groups) -> None:
+        """Goes on with other hyper-parameters, where the state that is there is the one that they need."""
+        plan = _Plan.of(rule, groups, self._structure.paths)
+        if plan.needs() != self._plan.needs():
+            raise ValueError(
+                "this optimizer's state and cycles are those of another rule, and cannot be changed to those of "
+                f"{rule}: build a new optimizer"
+            )
+        self._engine.set_hyper(plan.hyper(self.steps))
+        self._plan = plan
 
     @property
     def lr(self) -> float:
-        """The inner rule's learning rate; set it to change it from the next step on.
+        """The inner rule's learning rate at the next step; set it to change it from there on. Groups keep their own.
 
         Raises:
-            TypeError, ValueError: if it is set to anything but a finite number >= 0.
+            TypeError, ValueError: if it is set to anything but a finite number >= 0, or follows a schedule.
         """
-        return self._inner.lr
+        return at_step("lr", self._plan.inner.lr, self.steps)
 
     @lr.setter
     def lr(self, lr: float) -> None:
-        inner = replace(self._inner, lr=lr)
-        self._engine.set_hyper(inner._hyper())
-        self._rule = replace(self._rule, inner=inner) if isinstance(self._rule, Lookahead) else inner
+        inner = self._plan.inner
+        if is_scheduled(inner.lr):
+            raise ValueError(f"lr follows {inner.lr!r}: set opt.rule to a rule with another lr instead")
+        self.rule = _with_inner(self._plan.rule, replace(inner, lr=lr))
 
     @property
     def steps(self) -> int:
@@ -154,6 +286,129 @@ class Optimizer(Generic[Params]):
         """Syncs so far."""
         return self._engine.syncs
 
+    @property
+    def skipped(self) -> int:
+        """Steps that were dropped because a gradient was not finite, with `nonfinite="skip"`."""
+        return self._engine.skipped
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of all gradients of the last step together, scaled and clipped by value but not by norm.
+
+        It is taken with `max_grad_norm`, and where `nonfinite` is not `"propagate"`; without them, it is `None`.
+        """
+        return self._engine.grad_norm
+
+    @property
+    def slow_step(self) -> float | None:
+        """The slow step of the last sync: of the innermost `Lookahead`, for leaves without one of their own."""
+        return self._engine.slow_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run is: copies of parameters and state, counters, the rule, groups and options.
+
+        Raises:
+            RuntimeError: if params hold the slow weights, or another thread is stepping this optimizer.
+        """
+        arrays, counters = self._engine.dump()
+        return checkpoint.state_of(
+            self._plan.rule,
+            self._plan.given,
+            self._options,
+            counters,
+            dict(zip(self._structure.paths, arrays, strict=True)),
+            self._engine.kinds(),
+            self._engine.orders(),
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_nonfinite: bool = False) -> None:
+        """Goes on from a state: parameters, state, counters, rule and groups become those of `state`.
+
+        Options of the step (`max_grad_norm`, ...) stay this optimizer's own; `Optimizer.load` takes them over too.
+
+        Args:
+            state: what `state_dict` gave, of an optimizer over parameters of the same paths, shapes and dtypes, with a
+                rule that keeps the same arrays, and the same `master_weights`, `state_dtype`, `rounding` and `seed`.
+            allow_nonfinite: also take a state that holds an infinity or a NaN.
+
+        Raises:
+            TypeError: if `state` is no dict.
+            ValueError: if it is of another version or optimizer, or damaged, naming what; nothing is loaded then.
+            RuntimeError: as `step`.
+        """
+        self._check_bound()
+        rule, groups, options = checkpoint.made_of(state)
+        for name in ("master_weights", "state_dtype", "rounding", "seed"):
+            if options[name] != self._options[name]:
+                raise ValueError(
+                    f"the state has {name} {options[name]!r}, but this optimizer has {self._options[name]!r}"
+                )
+        plan = _Plan.of(rule, groups, self._structure.paths)
+        if plan.needs() != self._plan.needs():
+            raise ValueError(f"the state is of {rule}, which keeps other arrays or cycles than {self._plan.rule}")
+        arrays, counters = checkpoint.checked(
+            state,
+            self._structure.paths,
+            self._leaves,
+            self._engine.kinds(),
+            self._engine.orders(),
+            [(level.sync_period, plan.is_optimal and depth == 0) for depth, level in enumerate(plan.levels)],
+            allow_nonfinite,
+        )
+        hyper = plan.hyper(counters["steps"])
+        self._engine.restore(arrays, counters)
+        self._engine.set_hyper(hyper)
+        self._plan = plan
+
+    def save(self, path: StrPath) -> None:
+        """Writes `state_dict` to a safetensors file, whole or not at all, and durably.
+
+        Args:
+            path: the file to make or replace.
+
+        Raises:
+            ValueError: if a hyper-parameter follows a plain function, which cannot be stored.
+            RuntimeError: as `state_dict`.
+            OSError: if the file cannot be written; what was there before is intact.
+
+        Example:
+            >>> import os, tempfile
+            >>> import numpy as np
+            >>> import lookstep as ls
+            >>> w = np.ones(3)
+            >>> opt = ls.Optimizer(w, ls.Adam(lr=0.1))
+            >>> opt.step(w.copy())
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     opt.save(os.path.join(folder, "run.safetensors"))
+            ...     again = ls.Optimizer.load(os.path.join(folder, "run.safetensors"), np.zeros(3))
+            >>> again.steps, bool((again.params == w).all())
+            (1, True)
+        """
+        checkpoint.save(path, self.state_dict())
+
+    @classmethod
+    def load(cls, path: StrPath, params: Params, *, allow_nonfinite: bool = False) -> Self:
+        """An optimizer that continues a saved run, bit for bit.
+
+        Args:
+            path: what `save` wrote.
+            params: a tree of the same paths, shapes and dtypes as the saved one; the saved parameters are written into
+                its arrays.
+            allow_nonfinite: also take a state that holds an infinity or a NaN.
+
+        Raises:
+            TypeError, ValueError: if `params` does not fit, or the file is damaged, of a newer version, or none of
+                ours; nothing is loaded then.
+            OSError: if the file cannot be read.
+        """
+        leaves = len(Structure(params).paths)
+        with checkpoint.opened(path, leaves) as file:
+            rule, groups, options = file.made_of()
+            opt = cls(params, rule, groups=groups, **options)
+            state = file.state(opt._structure.paths, opt._leaves, opt._engine.kinds())
+        opt.load_state_dict(state, allow_nonfinite=allow_nonfinite)
+        return opt
+
     def _check_bound(self) -> None:
         """Refuses to go on with arrays that the user has put others in place of: training would not be seen."""
         now = self._structure.leaves(self._params, "params")
@@ -164,16 +419,169 @@ class Optimizer(Generic[Params]):
                     "(w[...] = new), or build a new optimizer"
                 )
 
-    @property
-    def _inner(self) -> InnerRule:
-        return self._rule.inner if isinstance(self._rule, Lookahead) else self._rule
-
     def __reduce__(self) -> Any:
-        """Refuses to be copied: a copy would step the same arrays, by the same state."""
-        raise TypeError("an optimizer is bound to its arrays: build another one over a copy of them")
+        """Makes copies and pickles: another optimizer, over copies of the arrays, that goes on from here."""
+        options = self._options
+        return _rebuilt, (type(self), self._params, self._plan.rule, self._plan.given, options), self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Goes on from where the other one was."""
+        self.load_state_dict(state, allow_nonfinite=True)
+
+    def __copy__(self) -> Self:
+        """Refuses: a shallow copy would step the same arrays, by a state of its own."""
+        raise TypeError("an optimizer is bound to its arrays: use copy.deepcopy, and step the copy's own params")
 
     def __repr__(self) -> str:
         """The rule, and how far it has come."""
         count = len(self._structure.names)
         leaves = "1 leaf" if count == 1 else f"{count} leaves"
-        return f"Optimizer({leaves}, {self._rule}, steps={self.steps}, syncs={self.syncs})"
+        return f"Optimizer({leaves}, {self.rule}, steps={self.steps}, syncs={self.syncs})"
+
+
+def _rebuilt(cls: type[Optimizer[Any]], params: Any, rule: Rule, groups: Groups, options: dict[str, Any]) -> Any:
+    return cls(params, rule, groups=groups, **options)
+
+
+class _Group(NamedTuple):
+    """Leaves that share hyper-parameters."""
+
+    inner: InnerRule
+    slow_step: Any
+    frozen: bool
+
+
+class _Plan:
+    """A rule and groups, taken apart for the engine: groups of leaves, and levels of Lookahead, the innermost first."""
+
+    def __init__(self, rule: Rule, given: Groups, groups: list[_Group], of_leaf: list[int]) -> None:
+        self.rule = rule
+        self.given = tuple((pattern, dict(different)) for pattern, different in given)
+        self.groups = groups
+        self.of_leaf = of_leaf
+        self.inner, self.levels = _levels(rule)
+        self.is_optimal = bool(self.levels) and isinstance(self.levels[0].slow_step, OptimalSlowStep)
+        values = [getattr(group.inner, field.name) for group in groups for field in fields(group.inner)]
+        values += [group.slow_step for group in groups] + [level.slow_step for level in self.levels]
+        self.is_scheduled = any(map(is_scheduled, values))
+
+    @classmethod
+    def of(cls, rule: Any, given: Any, paths: Sequence[str]) -> "_Plan":
+        """The plan for leaves of these paths.
+
+        Raises:
+            TypeError, ValueError: if the rule or a group is not what it must be.
+        """
+        if not isinstance(rule, InnerRule | Lookahead):
+            got = f"the class {rule.__name__}" if isinstance(rule, type) else type(rule).__name__
+            raise TypeError(f"rule must be a rule such as Lookahead(Adam(lr=1e-3)), got {got}")
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"groups must be a list of pairs (pattern, dict), got {type(given).__name__}")
+        inner, levels = _levels(rule)
+        groups = [_Group(inner, levels[0].slow_step if levels else None, False)]
+        of_leaf = [0] * len(paths)
+        for index, pair in enumerate(given):
+            pattern, different = _pair(f"groups[{index}]", pair)
+            groups.append(_group(f"groups[{index}]", different, inner, levels))
+            matching = [leaf for leaf, path in enumerate(paths) if pattern.search(path)]
+            if not matching:
+                shown = ", ".join(map(repr, paths[:5])) + (", ..." if len(paths) > 5 else "")
+                raise ValueError(f"groups[{index}]: no leaf matches {pattern.pattern!r}; leaves are {shown}")
+            for leaf in matching:
+                of_leaf[leaf] = of_leaf[leaf] or index + 1
+        return cls(rule, given, groups, of_leaf)
+
+    def hyper(self, step: int) -> list[tuple[dict[str, float], list[float]]]:
+        """Each group's hyper-parameters, and slow steps from the innermost outward, at a step counted from 0."""
+        return [
+            (
+                group.inner._hyper(step),
+                [
+                    level._check_slow_step(group.slow_step if depth == 0 else level.slow_step, step)
+                    for depth, level in enumerate(self.levels)
+                ],
+            )
+            for group in self.groups
+        ]
+
+    def needs(self) -> Any:
+        """What cannot change while an optimizer lives."""
+        kernels = [(group.inner._kernel, group.frozen, group.inner._maximizes) for group in self.groups]
+        levels = [(level.sync_period, level.inner_state, level.outer) for level in self.levels]
+        return [kernels[index] for index in self.of_leaf], kernels, self.of_leaf, levels, self.is_optimal
+
+
+def _levels(rule: Rule) -> tuple[InnerRule, list[Lookahead]]:
+    levels: list[Lookahead] = []
+    while isinstance(rule, Lookahead):
+        levels.insert(0, rule)
+        rule = rule.inner
+    assert isinstance(rule, InnerRule)
+    return rule, levels
+
+
+def _with_inner(rule: Rule, inner: InnerRule) -> Rule:
+    return replace(rule, inner=_with_inner(rule.inner, inner)) if isinstance(rule, Lookahead) else inner
+
+
+def _pair(name: str, pair: Any) -> tuple[re.Pattern[str], Mapping[str, Any]]:
+    match pair:
+        case (str() as pattern, Mapping() as different):
+            try:
+                return re.compile(pattern), different
+            except re.error as error:
+                raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+        case _:
+            raise TypeError(f'{name} must be a pair such as ("bias", {{"weight_decay": 0.0}}), got {pair!r}')
+
+
+def _group(name: str, different: Mapping[str, Any], inner: InnerRule, levels: list[Lookahead]) -> _Group:
+    known = [field.name for field in fields(inner)] + ["frozen"] + ["slow_step"] * bool(levels)
+    for key in different:
+        if key == "sync_period":
+            raise ValueError(f"{name}: sync_period is one for all leaves, which must sync together")
+        if key not in known:
+            close = get_close_matches(str(key), known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise ValueError(f"{name}: {type(inner).__name__} has no {key!r} ({hint})")
+    hyper = {key: value for key, value in different.items() if key not in ("frozen", "slow_step")}
+    try:
+        slow_step = levels[0].slow_step if levels else None
+        if "slow_step" in different:
+            if len(levels) > 1 or isinstance(slow_step, OptimalSlowStep):
+                raise ValueError("slow_step of a group needs a single Lookahead, whose slow step is not measured")
+            slow_step = replace(levels[0], slow_step=different["slow_step"]).slow_step
+        return _Group(replace(inner, **hyper), slow_step, flag("frozen", different.get("frozen", False)))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _choice(name: str, value: Any, *choices: Any) -> Any:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def _axis(value: Any) -> int:
+    return -count("centralize", -value) if isinstance(value, int) and value < 0 else count("centralize", value)
+
+
+def _check_axis(axis: int | None, names: Sequence[str], leaves: Sequence[Any]) -> None:
+    for name, leaf in zip(names, leaves, strict=True):
+        ndim = getattr(leaf, "ndim", 0)
+        if axis is not None and ndim > 1 and not -ndim <= axis < ndim:
+            raise ValueError(f"{name} has {ndim} axes, and none is number {axis}, along which to centralize")
+
+
+def _seed(value: Any) -> int:
+    seed = count("seed", value)
+    if seed >= 2**32:
+        raise ValueError(f"seed must be an integer in [0, 2**32), got {value!r}")
+    return seed
+
+
+def _scale(value: Any) -> float:
+    scale = real("scale", value)
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale must be finite and >= 0, got {value!r}")
+    return scale

@@ -8,14 +8,14 @@ a rule.
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import ClassVar
 
-from .hyper import Rule
+from .hyper import Rule, Scheduled, at_step, is_scheduled
 
 
 @dataclass(frozen=True)
 class InnerRule(Rule):
     """A rule that moves fast weights."""
 
-    lr: float = 1e-3
+    lr: Scheduled = 1e-3
 
     _kernels: ClassVar[tuple[str, ...]]
     """The kernels that the rule may run, as `src/rules/` calls them."""
@@ -25,16 +25,23 @@ class InnerRule(Rule):
         """The kernel that these hyper-parameters run: one without arrays or arithmetic that they leave unused."""
         return self._kernels[0]
 
-    def _hyper(self) -> dict[str, float]:
-        """Numbers by the name that kernels have for them: `betas` are `b1` and `b2`, `etas` are `eta1` and `eta2`."""
+    @property
+    def _maximizes(self) -> bool:
+        return bool(vars(self)["maximize"])
+
+    def _hyper(self, step: int = 0) -> dict[str, float]:
+        """Numbers at a step, by the names of kernels: `betas` are `b1` and `b2`, `etas` are `eta1` and `eta2`."""
         numbers: dict[str, float] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple):
                 name = "b" if field.name == "betas" else field.name.removesuffix("s")
                 numbers |= {f"{name}{i}": number for i, number in enumerate(value, 1)}
+            elif is_scheduled(value):
+                numbers[field.name] = at_step(field.name, value, step)
             else:
                 numbers[field.name] = float(value)
+        del numbers["maximize"]
         return numbers
 
 
@@ -70,17 +77,18 @@ class SGD(InnerRule):
     """
 
     _: KW_ONLY
-    momentum: float = 0.0
+    momentum: Scheduled = 0.0
     dampening: float = 0.0
-    weight_decay: float = 0.0
+    weight_decay: Scheduled = 0.0
     nesterov: bool = False
+    maximize: bool = False
 
     _kernels = ("Sgd", "SgdMomentum", "SgdNesterov")
 
     def __post_init__(self) -> None:
         """Checks what momentum's companions need."""
         super().__post_init__()
-        if self.nesterov and not (self.momentum > 0 and self.dampening == 0):
+        if self.nesterov and not (self.momentum and self.dampening == 0):
             raise ValueError("nesterov needs momentum > 0 and dampening == 0")
 
     @property
@@ -125,8 +133,9 @@ class Adam(InnerRule):
     _: KW_ONLY
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: Scheduled = 0.0
     amsgrad: bool = False
+    maximize: bool = False
 
     _kernels = ("Adam", "AdamAmsgrad")
 
@@ -168,7 +177,7 @@ class AdamW(Adam):
     """
 
     _: KW_ONLY
-    weight_decay: float = 1e-2
+    weight_decay: Scheduled = 1e-2
 
     _kernels = ("AdamW", "AdamWAmsgrad")
 
@@ -212,6 +221,7 @@ class RAdam(InnerRule):
     _: KW_ONLY
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: Scheduled = 0.0
+    maximize: bool = False
 
     _kernels = ("RAdam",)

@@ -2,15 +2,16 @@
 
 use std::ops::Range;
 
-use numpy::PyUntypedArray;
 use numpy::npyffi::NPY_ARRAY_WRITEABLE;
 use numpy::prelude::*;
+use numpy::{PyArrayDescr, PyUntypedArray};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PySlice, PyTuple, PyType};
 
+use crate::element::Dtype;
 use crate::error::Error;
-use crate::leaf::{Dtype, Header};
+use crate::leaf::Header;
 
 /// An array whose elements we may step, or why not.
 pub fn as_array<'a, 'py>(
@@ -39,6 +40,8 @@ pub fn header<'a>(
     let dtype = match descr.char() {
         b'f' => Dtype::F32,
         b'd' => Dtype::F64,
+        b'e' => Dtype::F16,
+        b'E' if is_bfloat16(&descr) => Dtype::BF16,
         _ => return Err(Error::Dtype(name(), descr.to_string())),
     };
     if descr.is_native_byteorder() != Some(true) {
@@ -57,6 +60,14 @@ pub fn header<'a>(
         shape: array.shape(),
         strides: array.strides(),
     })
+}
+
+/// Whether a dtype is `ml_dtypes`' bfloat16, which NumPy itself does not have.
+fn is_bfloat16(descr: &Bound<'_, PyArrayDescr>) -> bool {
+    static BFLOAT16: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    // An array of that dtype is there, so importing its module runs none.
+    let bfloat16 = BFLOAT16.import(descr.py(), "ml_dtypes", "bfloat16");
+    bfloat16.is_ok_and(|bfloat16| descr.typeobj().is(bfloat16))
 }
 
 /// Whether two arrays whose address ranges meet have a byte in common; yes, where that is too hard to tell. Python may
@@ -82,35 +93,39 @@ pub fn share_memory(
     }
 }
 
-/// What a read-only view shows: all of the user's `array`, or a run of ours in the shape of a leaf. It is made once the
-/// engine is free again, because Python may run meanwhile.
+/// What a read-only view shows: all of an array, or bytes of ours as numbers. It is made once the engine is free again,
+/// because Python may run meanwhile.
 pub struct View {
     pub array: Py<PyAny>,
-    pub cut: Option<Cut>,
+    pub bytes: Option<(Range<usize>, &'static str)>,
+    pub shape: Option<Shape>,
 }
 
-/// A run of elements, and the axes that they are walked along, with the order that makes them a leaf's.
-pub struct Cut {
-    pub run: Range<usize>,
+/// The axes that a run of elements is walked along, and the order that makes them a leaf's.
+pub struct Shape {
     pub walked: Vec<usize>,
     pub axes: Vec<usize>,
 }
 
 impl View {
-    pub fn make(self, py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
-        let array = self.array.bind(py);
-        let view = match self.cut {
-            None => array.call_method0("view")?,
-            Some(Cut { run, walked, axes }) => array
-                .get_item(PySlice::new(
-                    py,
-                    run.start.cast_signed(),
-                    run.end.cast_signed(),
-                    1,
-                ))?
+    /// The view; an array of its own, where `copied`.
+    pub fn make(self, py: Python<'_>, copied: bool) -> PyResult<Bound<'_, PyAny>> {
+        let mut view = self.array.into_bound(py);
+        if let Some((bytes, dtype)) = self.bytes {
+            let (start, end) = (bytes.start.cast_signed(), bytes.end.cast_signed());
+            view = view
+                .get_item(PySlice::new(py, start, end, 1))?
+                .call_method1("view", (dtype,))?;
+        }
+        if let Some(Shape { walked, axes }) = self.shape {
+            view = view
                 .call_method1("reshape", (PyTuple::new(py, walked)?,))?
-                .call_method1("transpose", (PyTuple::new(py, axes)?,))?,
-        };
+                .call_method1("transpose", (PyTuple::new(py, axes)?,))?;
+        }
+        if copied {
+            return view.call_method0("copy");
+        }
+        let view = view.call_method0("view")?;
         view.call_method1("setflags", (false,))?;
         Ok(view)
     }

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::array::View;
-use super::inner::Inner;
+use super::inner::{Counters, CycleSpec, GroupSpec, Inner, Kind, OptionSpec};
 use crate::error::Error;
 
 /// The compiled half of `Optimizer`: leaves, their state, and the counters that move with them.
@@ -19,6 +19,23 @@ pub struct Engine {
     /// Counters are read without it, so that whoever reads them never waits.
     steps: AtomicU64,
     syncs: AtomicU64,
+    skipped: AtomicU64,
+    /// The bits of a number, or [`NONE`].
+    grad_norm: AtomicU64,
+    slow_step: AtomicU64,
+}
+
+/// A NaN that no arithmetic gives.
+const NONE: u64 = u64::MAX;
+
+fn to_bits(x: Option<f64>) -> u64 {
+    x.map_or(NONE, f64::to_bits)
+}
+
+fn from_bits(bits: &AtomicU64) -> Option<f64> {
+    Some(bits.load(Relaxed))
+        .filter(|&bits| bits != NONE)
+        .map(f64::from_bits)
 }
 
 impl Engine {
@@ -35,7 +52,7 @@ impl Engine {
     /// The same, where params hold the fast weights.
     fn take_fast(&self) -> Result<MutexGuard<'_, Inner>, Error> {
         let inner = self.take()?;
-        if inner.inside_slow_weights {
+        if inner.inside_slow_weights() {
             Err(Error::InsideSlowWeights)
         } else {
             Ok(inner)
@@ -46,6 +63,9 @@ impl Engine {
     fn publish(&self, inner: &Inner) {
         self.steps.store(inner.steps, Relaxed);
         self.syncs.store(inner.syncs(), Relaxed);
+        self.skipped.store(inner.skipped, Relaxed);
+        self.grad_norm.store(to_bits(inner.grad_norm), Relaxed);
+        self.slow_step.store(to_bits(inner.slow_step), Relaxed);
     }
 }
 
@@ -57,26 +77,31 @@ impl Engine {
         py: Python<'_>,
         names: Vec<String>,
         params: Vec<Bound<'_, PyAny>>,
-        rule: &str,
-        hyper: HashMap<String, f64>,
-        cycle: Option<(u64, f64)>,
+        of_group: Vec<usize>,
+        groups: Vec<GroupSpec>,
+        cycles: Vec<CycleSpec>,
+        options: OptionSpec,
     ) -> PyResult<Self> {
-        let inner = Inner::new(py, names, &params, rule, &hyper, cycle)?;
+        let inner = Inner::new(py, names, &params, &of_group, groups, &cycles, &options)?;
         Ok(Self {
             inner: Mutex::new(inner),
             steps: AtomicU64::new(0),
             syncs: AtomicU64::new(0),
+            skipped: AtomicU64::new(0),
+            grad_norm: AtomicU64::new(NONE),
+            slow_step: AtomicU64::new(NONE),
         })
     }
 
     /// Moves every leaf by its gradient, and syncs where that ends a cycle.
-    fn step(&self, py: Python<'_>, grads: &Bound<'_, PyAny>) -> PyResult<()> {
+    #[pyo3(signature = (grads, scale = 1.0))]
+    fn step(&self, py: Python<'_>, grads: &Bound<'_, PyAny>, scale: f64) -> PyResult<()> {
         let grads: Vec<_> = match grads.cast::<PyList>() {
             Ok(list) => list.iter().collect(),
             Err(_) => grads.cast::<PyTuple>()?.iter().collect(),
         };
         let mut inner = self.take_fast()?;
-        inner.step(py, &grads)?;
+        inner.step(py, &grads, scale)?;
         self.publish(&inner);
         Ok(())
     }
@@ -98,9 +123,9 @@ impl Engine {
         }
     }
 
-    /// Takes new hyper-parameters from the next step on.
-    fn set_hyper(&self, hyper: HashMap<String, f64>) -> PyResult<()> {
-        self.take()?.set_hyper(&hyper)
+    /// Takes new hyper-parameters and slow steps, one a group, from the next step on.
+    fn set_hyper(&self, groups: Vec<(HashMap<String, f64>, Vec<f64>)>) -> PyResult<()> {
+        self.take()?.set_hyper(&groups)
     }
 
     /// Steps applied so far.
@@ -115,23 +140,70 @@ impl Engine {
         self.syncs.load(Relaxed)
     }
 
+    /// Steps that were dropped because a gradient was not finite.
+    #[getter]
+    fn skipped(&self) -> u64 {
+        self.skipped.load(Relaxed)
+    }
+
+    /// The norm of the last step's gradients, where it was taken.
+    #[getter]
+    fn grad_norm(&self) -> Option<f64> {
+        from_bits(&self.grad_norm)
+    }
+
+    /// The slow step of the last sync.
+    #[getter]
+    fn slow_step(&self) -> Option<f64> {
+        from_bits(&self.slow_step)
+    }
+
     /// A read-only view of each leaf's slow weights as they are now.
     fn slow<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let views = self.take()?.slow(py);
-        views.into_iter().map(|view| view.make(py)).collect()
+        let views = self.take()?.slow(py)?;
+        views.into_iter().map(|view| view.make(py, false)).collect()
     }
 
     /// Read-only views of each leaf's state arrays, by name.
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
-        let leaves = self.take()?.state(py);
+        let leaves = self.take()?.state(py)?;
         let named = |leaf: Vec<(&str, View)>| {
             let state = PyDict::new(py);
             for (name, view) in leaf {
-                state.set_item(name, view.make(py)?)?;
+                state.set_item(name, view.make(py, false)?)?;
             }
             Ok(state)
         };
         leaves.into_iter().map(named).collect()
+    }
+
+    /// What is kept for each leaf: names, dtypes and shapes.
+    fn kinds(&self) -> PyResult<Vec<Vec<Kind>>> {
+        Ok(self.take()?.kinds())
+    }
+
+    /// The order in which each leaf's axes are walked.
+    fn orders(&self) -> PyResult<Vec<Vec<usize>>> {
+        Ok(self.take()?.orders())
+    }
+
+    /// Copies of each leaf's parameter and of what is kept for it, and the counters.
+    fn dump<'py>(&self, py: Python<'py>) -> PyResult<(Vec<Vec<Bound<'py, PyAny>>>, Counters)> {
+        let inner = self.take_fast()?;
+        Ok((inner.dump(py)?, inner.counters()))
+    }
+
+    /// Takes what `dump` gives.
+    fn restore(
+        &self,
+        py: Python<'_>,
+        arrays: Vec<Vec<Bound<'_, PyAny>>>,
+        counters: Counters,
+    ) -> PyResult<()> {
+        let mut inner = self.take_fast()?;
+        inner.restore(py, &arrays, counters)?;
+        self.publish(&inner);
+        Ok(())
     }
 }
 

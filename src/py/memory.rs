@@ -1,227 +1,544 @@
-//! From addresses to numbers: a leaf's elements are lent to the kernel a piece at a time.
+//! From addresses to numbers: a leaf's elements, its gradient's and its rows are lent a piece at a time, as slices of the
+//! number that the rule computes in; through a copy in the cache where they are stored otherwise.
 
 use std::ops::Range;
 use std::ptr::with_exposed_provenance_mut;
 
+use numpy::PyArray1;
 use numpy::prelude::*;
-use numpy::{Element, PyArray1};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyWeakrefReference;
 
-use crate::kernel::{CHUNK, Kept, Kernel, hold, sync};
-use crate::leaf::{Dtype, Leaf, Place};
-use crate::lookahead::{Blend, Cycle, Phase};
-use crate::rule::Float;
+use crate::codec::{self, Codec, Rounding, keep_8, keep_bf16, mix, read_8, read_bf16};
+use crate::element::{Dtype, Element};
+use crate::gradient::{Means, Prepare};
+use crate::kernel::{CHUNK, Kept, Kernel, MAX_STATE};
+use crate::leaf::{Leaf, Place};
 use crate::rules::Compute;
 use crate::simd::Level;
+use crate::step::Rows;
 
-/// Elements of a strided array that are gathered, moved and scattered at a time; they stay in the first-level cache.
+/// Elements that are copied at a time; they stay in the first-level cache.
 const BLOCK: usize = 512;
+/// Elements of arrays that are read or written several times; they stay in the second-level cache.
+const SEVERAL: usize = 4096;
+/// Rows begin at multiples of this many bytes.
+const LINE: usize = 64;
+const _: () = assert!(BLOCK.is_multiple_of(codec::BLOCK) && CHUNK.is_multiple_of(SEVERAL));
 
-impl Place {
-    /// Whether the elements can be lent as a slice of `F`.
-    fn is_slice<F>(&self) -> bool {
-        self.layout.is_contiguous() && self.data.is_multiple_of(align_of::<F>())
-    }
+/// The leaves that share hyper-parameters, and with them a kernel and rows.
+pub struct Group {
+    pub single: Kernel<f32>,
+    pub double: Kernel<f64>,
+    pub rows: Rows,
+    /// How the rule's arrays are kept; all other rows are whole.
+    pub codecs: Vec<Codec>,
+    pub rounding: Option<u32>,
+    pub hyper: Vec<f64>,
+    pub slow_steps: Vec<f64>,
+    pub frozen: bool,
+    pub maximize: bool,
+}
 
-    /// Lends elements `range` to `read`, from a copy where they are not one run.
-    ///
-    /// # Safety
-    /// The place must hold live numbers of type `F` that nobody writes meanwhile.
-    unsafe fn with<F: Float, R>(&self, range: Range<usize>, read: impl FnOnce(&[F]) -> R) -> R {
-        if self.is_slice::<F>() {
-            let first = with_exposed_provenance_mut::<F>(self.data).wrapping_add(range.start);
-            // SAFETY: the caller vouches for the numbers; they are contiguous and aligned.
-            read(unsafe { std::slice::from_raw_parts(first, range.len()) })
-        } else {
-            let mut block = [F::default(); BLOCK];
-            let block = &mut block[..range.len()];
-            // SAFETY: as the caller vouches.
-            unsafe { self.gather(range, block) };
-            read(block)
-        }
-    }
+/// A number that leaves are computed in.
+pub trait Number: Compute + Element {
+    /// The group's kernel for it.
+    fn kernel(group: &Group) -> &Kernel<Self>;
+}
 
-    /// Lends elements `range` to `write`, through a copy where they are not one run.
-    ///
-    /// # Safety
-    /// The place must hold live numbers of type `F` that nobody else reads or writes meanwhile.
-    unsafe fn with_mut<F: Float, R>(
-        &self,
-        range: Range<usize>,
-        write: impl FnOnce(&mut [F]) -> R,
-    ) -> R {
-        if self.is_slice::<F>() {
-            let first = with_exposed_provenance_mut::<F>(self.data).wrapping_add(range.start);
-            // SAFETY: the caller vouches for the numbers; they are contiguous and aligned.
-            write(unsafe { std::slice::from_raw_parts_mut(first, range.len()) })
-        } else {
-            let mut block = [F::default(); BLOCK];
-            let block = &mut block[..range.len()];
-            // SAFETY: as the caller vouches.
-            unsafe { self.gather(range.clone(), block) };
-            let result = write(block);
-            let mut numbers = block.iter();
-            self.layout.visit(range, |offset| {
-                let at = with_exposed_provenance_mut::<F>(self.data.wrapping_add_signed(offset));
-                // SAFETY: as the caller vouches; the layout's offsets lie in the array, aligned or not.
-                unsafe { at.write_unaligned(*numbers.next().expect("a number per offset")) };
-            });
-            result
-        }
-    }
-
-    /// # Safety
-    /// As [`Place::with`].
-    unsafe fn gather<F: Float>(&self, range: Range<usize>, into: &mut [F]) {
-        let mut numbers = into.iter_mut();
-        self.layout.visit(range, |offset| {
-            let at = with_exposed_provenance_mut::<F>(self.data.wrapping_add_signed(offset));
-            // SAFETY: as the caller vouches; the layout's offsets lie in the array, aligned or not.
-            *numbers.next().expect("a number per offset") = unsafe { at.read_unaligned() };
-        });
+impl Number for f32 {
+    fn kernel(group: &Group) -> &Kernel<Self> {
+        &group.single
     }
 }
 
-/// What a call does to every leaf.
+impl Number for f64 {
+    fn kernel(group: &Group) -> &Kernel<Self> {
+        &group.double
+    }
+}
+
+impl Group {
+    /// How many rows a leaf has, how each is kept, and where it begins: its codes, and its scales.
+    pub fn rows(&self, leaf: &Leaf) -> impl Iterator<Item = Row> {
+        let has_master = leaf.dtype.is_narrow() || self.rows.master.is_none();
+        let count = self.rows.names.len() - usize::from(!has_master);
+        let count = if self.frozen { 0 } else { count };
+        let (n, size) = (leaf.len(), leaf.dtype.compute().size());
+        let mut at = leaf.at;
+        (0..count).map(move |row| {
+            let codec = match self.codecs.get(row) {
+                Some(codec) if size == 4 => *codec,
+                _ => Codec::Whole,
+            };
+            let (codes, scales) = codec.bytes(n, size);
+            let start = at;
+            at += codes.next_multiple_of(LINE) + scales.next_multiple_of(LINE);
+            Row {
+                codec,
+                codes: start,
+                scales: start + codes.next_multiple_of(LINE),
+                end: at,
+            }
+        })
+    }
+}
+
+/// Where a row is, in bytes from the first leaf's first one.
 #[derive(Clone, Copy)]
-pub enum Work<'a> {
-    /// A step with these gradients; `false` where a leaf has none.
-    Step(&'a [bool]),
-    /// A sync now.
-    Sync,
-    /// Fast and slow weights change places.
-    Swap,
+pub struct Row {
+    pub codec: Codec,
+    pub codes: usize,
+    pub scales: usize,
+    pub end: usize,
 }
 
-/// One call's work, and what it needs to know.
-pub struct Job<'a> {
-    pub work: Work<'a>,
-    pub hyper: &'a [f64],
-    pub cycle: Option<&'a Cycle>,
-}
-
-/// The leaves of one number format: their kernel and their state.
-pub struct Typed<F> {
-    pub kernel: Kernel<F>,
-    /// For each leaf of this format, in order: the rule's state arrays, then slow weights.
-    pub arena: Py<PyArray1<F>>,
+/// All rows of all leaves, in one array of NumPy's.
+pub struct Arena {
+    pub array: Py<PyArray1<u8>>,
     /// Where that is, as long as the weak reference keeps it from being resized.
     pub span: Range<usize>,
     _guard: Py<PyWeakrefReference>,
 }
 
-impl<F: Compute + Element> Typed<F> {
-    pub fn new(
-        py: Python<'_>,
-        rule: &str,
-        leaves: &[Leaf],
-        dtype: Dtype,
-        keeps_slow: bool,
-    ) -> PyResult<Self> {
-        let kernel = F::kernels().into_iter().find(|kernel| kernel.name == rule);
-        let kernel =
-            kernel.ok_or_else(|| PyValueError::new_err(format!("no kernel is called {rule}")))?;
-        let arrays = kernel.state.len() + usize::from(keeps_slow);
-        let size: usize = leaves
-            .iter()
-            .filter(|leaf| leaf.dtype == dtype)
-            .map(|leaf| leaf.len() * arrays)
-            .sum();
+impl Arena {
+    /// Zeroes.
+    pub fn new(py: Python<'_>, bytes: usize) -> PyResult<Self> {
         // By NumPy's own function: it says where memory is short, and takes large pages where there are some.
         let zeros = py
             .import("numpy")?
-            .call_method1("zeros", (size, dtype.to_string()))?;
+            .call_method1("zeros", (bytes + LINE, "uint8"))?;
         zeros.call_method1("setflags", (false,))?;
-        let arena = zeros.cast_into::<PyArray1<F>>()?;
-        let data = arena.data().expose_provenance();
+        let array = zeros.cast_into::<PyArray1<u8>>()?;
+        let data = array.data().expose_provenance();
         Ok(Self {
-            kernel,
-            span: data..data + arena.len() * size_of::<F>(),
-            _guard: PyWeakrefReference::new(&arena)?.unbind(),
-            arena: arena.unbind(),
+            span: data..data + array.len(),
+            _guard: PyWeakrefReference::new(&array)?.unbind(),
+            array: array.unbind(),
         })
     }
 
-    /// Whether the arena is where it was made.
+    /// Whether the array is where it was made.
     pub fn is_whole(&self, py: Python<'_>) -> bool {
-        let arena = self.arena.bind(py);
-        self.span.start == arena.data().addr() && self.span.len() == arena.len() * size_of::<F>()
+        let array = self.array.bind(py);
+        self.span.start == array.data().addr() && self.span.len() == array.len()
     }
 
-    /// Does `work` to every leaf of this format.
+    /// How many bytes into the array the first row is.
+    pub fn skipped(&self) -> usize {
+        self.span.start.next_multiple_of(LINE) - self.span.start
+    }
+
+    /// The address of a byte of a row.
+    fn address(&self, byte: usize) -> usize {
+        self.span.start + self.skipped() + byte
+    }
+
+    /// Lends `n` numbers, the first of which is number `start` of a row that begins at `byte`.
     ///
     /// # Safety
-    /// The caller must have the engine to itself; the places of each leaf, and of its gradient where the work has one,
-    /// must hold live numbers of the leaf's dtype, and a gradient must share none with a leaf or with the state.
-    pub unsafe fn run(&self, dtype: Dtype, leaves: &mut [Leaf], job: &Job) {
-        let level = Level::best();
-        let states = self.kernel.state.len();
-        let arrays = states + usize::from(job.cycle.is_some_and(Cycle::keeps_slow));
-        let (phase, after) = job.cycle.map_or((Phase::Plain, None), Cycle::plan);
-        let now = Blend::new(job.cycle.map_or(1.0, |cycle| cycle.slow_step));
-        let mut scalars = (0, Vec::new());
-        let first = with_exposed_provenance_mut::<F>(self.span.start);
-        // SAFETY: our own array, which nobody else writes, and which the caller has to itself.
-        let mut arena =
-            unsafe { std::slice::from_raw_parts_mut(first, self.span.len() / size_of::<F>()) };
-        for (index, leaf) in leaves
-            .iter_mut()
-            .enumerate()
-            .filter(|(_, leaf)| leaf.dtype == dtype)
-        {
-            let n = leaf.len();
-            let mut kept = Kept::new(
-                arena
-                    .split_off_mut(..n * arrays)
-                    .expect("sized for all leaves"),
-                n,
-                states,
-            );
-            let moved = matches!(job.work, Work::Step(has_grad) if has_grad[index]);
-            if moved {
-                leaf.steps += 1;
-                if scalars.0 != leaf.steps {
-                    #[allow(
-                        clippy::cast_precision_loss,
-                        reason = "past 2^53 steps a power of a beta is long zero"
-                    )]
-                    let t = leaf.steps as f64;
-                    scalars = (
-                        leaf.steps,
-                        (self.kernel.scalars)(job.hyper, t, &mut [0.0; 3], [0.0; 2]),
-                    );
-                }
+    /// The row must have them, in that format, and nobody else may read or write them while they are lent.
+    #[allow(clippy::mut_from_ref, reason = "as argued above")]
+    unsafe fn lend<'a, T>(&self, byte: usize, start: usize, n: usize) -> &'a mut [T] {
+        let first = with_exposed_provenance_mut::<T>(self.address(byte)).wrapping_add(start);
+        // SAFETY: as the caller vouches; rows are aligned to lines.
+        unsafe { std::slice::from_raw_parts_mut(first, n) }
+    }
+}
+
+impl Place {
+    /// The address of the elements, where they can be lent as a slice of `F`.
+    fn slice<F: Element>(&self, dtype: Dtype) -> Option<usize> {
+        let is_slice = dtype == F::DTYPE
+            && self.layout.is_contiguous()
+            && self.data.is_multiple_of(align_of::<F>());
+        is_slice.then_some(self.data)
+    }
+
+    /// Copies elements out.
+    ///
+    /// # Safety
+    /// The place must hold live elements of type `T` that nobody writes meanwhile.
+    pub unsafe fn gather<T: Copy>(&self, range: Range<usize>, into: &mut [T]) {
+        let mut into = into.iter_mut();
+        self.layout.visit(range, |offset| {
+            let at = with_exposed_provenance_mut::<T>(self.data.wrapping_add_signed(offset));
+            // SAFETY: as the caller vouches; the layout's offsets lie in the array, aligned or not.
+            *into.next().expect("an element per offset") = unsafe { at.read_unaligned() };
+        });
+    }
+
+    /// Copies elements in.
+    ///
+    /// # Safety
+    /// The place must hold live elements of type `T` that nobody else reads or writes meanwhile.
+    pub unsafe fn scatter<T: Copy>(&self, range: Range<usize>, from: &[T]) {
+        let mut from = from.iter();
+        self.layout.visit(range, |offset| {
+            let at = with_exposed_provenance_mut::<T>(self.data.wrapping_add_signed(offset));
+            // SAFETY: as the caller vouches; the layout's offsets lie in the array, aligned or not.
+            unsafe { at.write_unaligned(*from.next().expect("an element per offset")) };
+        });
+    }
+
+    /// Copies elements of format `dtype` out, as numbers that are computed with.
+    ///
+    /// # Safety
+    /// As [`Place::gather`].
+    unsafe fn load<F: Element>(&self, dtype: Dtype, range: Range<usize>, into: &mut [F]) {
+        if dtype == F::DTYPE {
+            // SAFETY: as the caller vouches.
+            unsafe { self.gather(range, into) };
+        } else {
+            let mut bits = [0_u16; BLOCK];
+            let bits = &mut bits[..into.len()];
+            // SAFETY: as the caller vouches.
+            unsafe { self.gather(range, bits) };
+            F::widen(Level::best(), dtype, bits, into);
+        }
+    }
+
+    /// Copies numbers in, rounded to format `dtype`.
+    ///
+    /// # Safety
+    /// As [`Place::scatter`].
+    unsafe fn store<F: Element>(&self, dtype: Dtype, range: Range<usize>, from: &[F]) {
+        if dtype == F::DTYPE {
+            // SAFETY: as the caller vouches.
+            unsafe { self.scatter(range, from) };
+        } else {
+            let mut bits = [0_u16; BLOCK];
+            let bits = &mut bits[..from.len()];
+            F::narrow(Level::best(), dtype, from, bits);
+            // SAFETY: as the caller vouches.
+            unsafe { self.scatter(range, bits) };
+        }
+    }
+}
+
+/// What a visit does with an array.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    Nothing,
+    Read,
+    Write,
+    /// Of rows: reads and writes those that are whole; others are left alone, and empty.
+    Whole,
+}
+
+/// What a visit to a leaf needs.
+#[derive(Clone, Copy)]
+pub struct Needs<'a, F> {
+    pub p: Use,
+    pub rows: Use,
+    /// The gradient, and what is done to it before it is lent.
+    pub g: Option<Prepared<'a, F>>,
+    /// Whether arrays are gone over more than once.
+    pub several: bool,
+}
+
+/// How a gradient is lent.
+#[derive(Clone, Copy)]
+pub struct Prepared<'a, F> {
+    pub prepare: &'a Prepare<F>,
+    pub means: Option<&'a Means<F>>,
+}
+
+/// Where numbers are copied to that cannot be lent where they are; made when the first of them is met.
+pub struct Scratch<F> {
+    p: [F; BLOCK],
+    g: [F; BLOCK],
+    state: [[F; BLOCK]; MAX_STATE],
+}
+
+impl<F: Element> Scratch<F> {
+    fn new() -> Box<Self> {
+        Box::new(Self {
+            p: [F::default(); BLOCK],
+            g: [F::default(); BLOCK],
+            state: [[F::default(); BLOCK]; MAX_STATE],
+        })
+    }
+}
+
+/// Lends the pieces of a leaf to `each`, in order: elements' numbers, parameters, gradients, rows.
+///
+/// # Safety
+/// The caller must have the arena to itself; the places of the leaf, and of its gradient where that is needed, must hold
+/// live numbers of their formats, and share none with each other or the arena.
+#[allow(
+    clippy::too_many_lines,
+    reason = "lending and taking back, side by side"
+)]
+pub unsafe fn visit<F: Number>(
+    arena: &Arena,
+    group: &Group,
+    leaf: &Leaf,
+    needs: Needs<F>,
+    scratch: &mut Option<Box<Scratch<F>>>,
+    mut each: impl FnMut(Range<usize>, &mut [F], Option<&[F]>, &mut Kept<F>),
+) {
+    let level = Level::best();
+    let n = leaf.len();
+    let states = F::kernel(group).state.len();
+    let p_slice = leaf.p.slice::<F>(leaf.dtype);
+    let g_slice = needs
+        .g
+        .filter(|g| g.prepare.is_nothing() && g.means.is_none())
+        .and_then(|_| leaf.g.slice::<F>(leaf.g_dtype));
+    let coded = matches!(needs.rows, Use::Read | Use::Write)
+        && group.rows(leaf).any(|row| row.codec != Codec::Whole);
+    let lends = (p_slice.is_some() || needs.p == Use::Nothing)
+        && (g_slice.is_some() || needs.g.is_none())
+        && !coded;
+    let piece = match (lends, needs.several) {
+        (true, false) => CHUNK,
+        (true, true) => SEVERAL,
+        (false, _) => BLOCK,
+    };
+    let mut copies = if lends {
+        None
+    } else {
+        Some(scratch.get_or_insert_with(Scratch::new))
+    };
+    for start in (0..n).step_by(piece) {
+        let range = start..n.min(start + piece);
+        let len = range.len();
+        let (mut p_copy, mut g_copy, mut state_copies) = (None, None, None);
+        if let Some(scratch) = &mut copies {
+            p_copy = Some(&mut scratch.p[..len]);
+            g_copy = Some(&mut scratch.g[..len]);
+            state_copies = Some(&mut scratch.state);
+        }
+        let p: &mut [F] = match (needs.p, p_slice) {
+            (Use::Nothing, _) => &mut [],
+            (_, Some(data)) => {
+                let first = with_exposed_provenance_mut::<F>(data).wrapping_add(start);
+                // SAFETY: the caller vouches for the numbers; they are contiguous and aligned.
+                unsafe { std::slice::from_raw_parts_mut(first, len) }
             }
-            let whole = leaf.p.is_slice::<F>() && (!moved || leaf.g.is_slice::<F>());
-            let piece = if whole { CHUNK } else { BLOCK };
-            for start in (0..n).step_by(piece) {
-                let range = start..n.min(start + piece);
-                let mut kept = kept.take(range.len());
-                let advance = |p: &mut [F]| match job.work {
-                    Work::Swap => p.swap_with_slice(kept.slow),
-                    Work::Sync => now
-                        .into_iter()
-                        .for_each(|blend| sync(level, blend, p, kept.slow)),
-                    Work::Step(_) => {
-                        if moved {
-                            let step = |g: &[F]| {
-                                (self.kernel.step)(level, phase, &scalars.1, p, g, &mut kept);
-                            };
-                            // SAFETY: as the caller vouches for gradients.
-                            unsafe { leaf.g.with(range.clone(), step) };
-                        } else {
-                            hold(level, phase, p, kept.slow);
-                        }
-                        if let Some(blend) = after {
-                            sync(level, blend, p, kept.slow);
-                        }
+            (_, None) => {
+                let copy = p_copy.expect("there is a scratch");
+                // SAFETY: as the caller vouches.
+                unsafe { leaf.p.load(leaf.dtype, range.clone(), copy) };
+                copy
+            }
+        };
+        let g: Option<&[F]> = match (needs.g, g_slice) {
+            (None, _) => None,
+            (Some(_), Some(data)) => {
+                let first = with_exposed_provenance_mut::<F>(data).wrapping_add(start);
+                // SAFETY: as above; it is only read.
+                Some(unsafe { std::slice::from_raw_parts(first, len) })
+            }
+            (Some(prepared), None) => {
+                let copy = g_copy.expect("there is a scratch");
+                // SAFETY: as the caller vouches.
+                unsafe { leaf.g.load(leaf.g_dtype, range.clone(), copy) };
+                if !prepared.prepare.is_nothing() {
+                    prepared.prepare.apply(level, copy);
+                }
+                if let Some(means) = prepared.means {
+                    means.subtract(start, copy);
+                }
+                Some(copy)
+            }
+        };
+        let mut kept = Kept::new(states);
+        if needs.rows != Use::Nothing {
+            let mut state_copies = state_copies.into_iter().flatten();
+            for (index, row) in group.rows(leaf).enumerate() {
+                if row.codec != Codec::Whole && !coded {
+                    continue;
+                }
+                let copy = (index < states).then(|| state_copies.next()).flatten();
+                let array = match (row.codec, copy) {
+                    // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
+                    (Codec::Whole, _) => unsafe { arena.lend(row.codes, start, len) },
+                    (_, copy) => {
+                        let copy = &mut copy.expect("only state is coded")[..len];
+                        // SAFETY: as above.
+                        unsafe { read(level, arena, row, start, copy) };
+                        copy
                     }
                 };
-                // SAFETY: as the caller vouches for leaves.
-                unsafe { leaf.p.with_mut(range.clone(), advance) };
+                kept.push(index, array);
             }
+        }
+        each(range.clone(), p, g, &mut kept);
+        if needs.p == Use::Write && p_slice.is_none() {
+            // SAFETY: as the caller vouches.
+            unsafe { leaf.p.store(leaf.dtype, range.clone(), p) };
+        }
+        if needs.rows == Use::Write && coded {
+            for (index, row) in group.rows(leaf).enumerate().take(states) {
+                if row.codec != Codec::Whole {
+                    let rounding = rounding(group, leaf, index);
+                    // SAFETY: as above; what was read was a copy.
+                    unsafe { keep(level, arena, row, leaf, rounding, start, kept.row(index)) };
+                }
+            }
+        }
+    }
+}
+
+/// How a state array is rounded in the step that its leaf is in.
+fn rounding(group: &Group, leaf: &Leaf, row: usize) -> Rounding {
+    let Some(seed) = group.rounding else {
+        return Rounding::Nearest;
+    };
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "both halves are used, and rows are few"
+    )]
+    let words = [
+        leaf.key,
+        leaf.steps as u32,
+        (leaf.steps >> 32) as u32,
+        row as u32,
+    ];
+    Rounding::Stochastic {
+        key: words
+            .into_iter()
+            .fold(mix(seed), |key, word| mix(key ^ word)),
+    }
+}
+
+/// Reads a piece of a coded row.
+///
+/// # Safety
+/// As [`Arena::lend`], for the row.
+unsafe fn read<F: Element>(level: Level, arena: &Arena, row: Row, start: usize, into: &mut [F]) {
+    let n = into.len();
+    if row.codec == Codec::BFloat16 {
+        // SAFETY: as the caller vouches.
+        read_bf16(level, unsafe { arena.lend(row.codes, start, n) }, into);
+        return;
+    }
+    let (first, blocks) = (start / codec::BLOCK, n.div_ceil(codec::BLOCK));
+    // SAFETY: as the caller vouches.
+    let (codes, scales): (&mut [u8], &mut [f32]) = unsafe {
+        (
+            arena.lend(row.codes, start, n),
+            arena.lend(row.scales, first, blocks),
+        )
+    };
+    let pieces = codes
+        .chunks(codec::BLOCK)
+        .zip(into.chunks_mut(codec::BLOCK));
+    for ((codes, into), &mut scale) in pieces.zip(scales) {
+        read_8(row.codec, codes, scale, into);
+    }
+}
+
+/// Keeps a piece of a coded row.
+///
+/// # Safety
+/// As [`Arena::lend`], for the row.
+unsafe fn keep<F: Element>(
+    level: Level,
+    arena: &Arena,
+    row: Row,
+    leaf: &Leaf,
+    rounding: Rounding,
+    start: usize,
+    from: &[F],
+) {
+    let n = from.len();
+    let mut numbers = [0_u64; BLOCK];
+    if let (Rounding::Stochastic { .. }, Some(logical)) = (rounding, &leaf.logical) {
+        let mut number = numbers.iter_mut();
+        logical.visit(start..start + n, |offset| {
+            *number.next().expect("a number per element") = offset.cast_unsigned() as u64;
+        });
+    }
+    let walked = leaf.logical.is_none();
+    let index = |i: usize| {
+        if walked {
+            (start + i) as u64
+        } else {
+            numbers[i]
+        }
+    };
+    if row.codec == Codec::BFloat16 {
+        // SAFETY: as the caller vouches.
+        let codes = unsafe { arena.lend(row.codes, start, n) };
+        keep_bf16(level, rounding, from, index, codes);
+        return;
+    }
+    let (first, blocks) = (start / codec::BLOCK, n.div_ceil(codec::BLOCK));
+    // SAFETY: as the caller vouches.
+    let (codes, scales): (&mut [u8], &mut [f32]) = unsafe {
+        (
+            arena.lend(row.codes, start, n),
+            arena.lend(row.scales, first, blocks),
+        )
+    };
+    let pieces = codes
+        .chunks_mut(codec::BLOCK)
+        .zip(from.chunks(codec::BLOCK));
+    for (block, ((codes, from), scale)) in pieces.zip(scales).enumerate() {
+        let index = |i: usize| index(block * codec::BLOCK + i);
+        *scale = keep_8(row.codec, rounding, from, index, codes);
+    }
+}
+
+/// Reads a whole row, as the user is to see it.
+///
+/// # Safety
+/// As [`Arena::lend`], for the row.
+pub unsafe fn read_row(arena: &Arena, row: Row, into: &mut [f32]) {
+    // SAFETY: as the caller vouches.
+    unsafe { read(Level::best(), arena, row, 0, into) };
+}
+
+/// Copies elements of `N` bytes into a row from an array of the caller's, in the leaf's order.
+///
+/// # Safety
+/// As [`Arena::lend`], for the row, from `byte` on; `from` must hold as many live elements, apart from the arena.
+pub unsafe fn fill<const N: usize>(arena: &Arena, byte: usize, from: &Place) {
+    let n = from.layout.len();
+    // SAFETY: as the caller vouches; bytes have no alignment.
+    unsafe { from.gather(0..n, arena.lend::<[u8; N]>(byte, 0, n)) };
+}
+
+/// The bytes of a leaf's elements, in its order.
+///
+/// # Safety
+/// As [`Place::gather`], for the leaf.
+pub unsafe fn save(leaf: &Leaf, place: &Place) -> Vec<u8> {
+    unsafe fn of<const N: usize>(place: &Place) -> Vec<u8> {
+        let mut elements = vec![[0; N]; place.layout.len()];
+        // SAFETY: as the caller vouches.
+        unsafe { place.gather(0..elements.len(), &mut elements) };
+        elements.into_flattened()
+    }
+    // SAFETY: as the caller vouches.
+    unsafe {
+        match leaf.dtype.size() {
+            2 => of::<2>(place),
+            4 => of::<4>(place),
+            _ => of::<8>(place),
+        }
+    }
+}
+
+/// Puts a leaf's elements back.
+///
+/// # Safety
+/// As [`Place::scatter`], for the leaf.
+pub unsafe fn restore(leaf: &Leaf, bytes: &[u8]) {
+    unsafe fn to<const N: usize>(place: &Place, bytes: &[u8]) {
+        let elements = bytes.as_chunks::<N>().0;
+        // SAFETY: as the caller vouches.
+        unsafe { place.scatter(0..elements.len(), elements) };
+    }
+    // SAFETY: as the caller vouches.
+    unsafe {
+        match leaf.dtype.size() {
+            2 => to::<2>(&leaf.p, bytes),
+            4 => to::<4>(&leaf.p, bytes),
+            _ => to::<8>(&leaf.p, bytes),
         }
     }
 }

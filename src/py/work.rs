@@ -1,0 +1,597 @@
+//! What a call does to all leaves, once everything is checked: passes over the gradients, over sums, over the weights.
+
+use std::mem::take;
+use std::ops::Range;
+
+use crate::element::{Dtype, Element, adopt};
+use crate::gradient::{Means, Prepare};
+use crate::kernel::{Kept, Kernel};
+use crate::leaf::Leaf;
+use crate::lookahead::Cycles;
+use crate::reduce::{Total, plus};
+use crate::rule::{CARRY, SUMS, Scope};
+use crate::simd::Level;
+use crate::step::{Step, Sync};
+
+use super::memory::{Arena, Group, Needs, Number, Prepared, Scratch, Use, restore, save, visit};
+
+/// What is done to gradients, and about those that are not finite.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// The largest norm over all leaves.
+    pub max_norm: Option<f64>,
+    /// The largest magnitude of an element.
+    pub max_value: Option<f64>,
+    /// Whether a step is dropped or refused where an element is not finite.
+    pub finite: bool,
+    /// The axis of a gradient along which means stay; those of all others are taken away.
+    pub centralize: Option<isize>,
+    /// The smallest slow step, where the best one is measured.
+    pub optimal: Option<f64>,
+}
+
+/// All leaves, and what a call needs to know of the optimizer.
+pub struct All<'a> {
+    pub arena: &'a Arena,
+    pub groups: &'a [Group],
+    pub leaves: &'a mut [Leaf],
+    pub cycles: &'a Cycles,
+    pub options: Options,
+    /// What a rule carries for all leaves.
+    pub carry: &'a mut [f64; CARRY],
+}
+
+/// The gradients of a step: which leaves have one, and what all are multiplied by.
+#[derive(Clone, Copy)]
+pub struct Grads<'a> {
+    pub has: &'a [bool],
+    pub scale: f64,
+}
+
+impl All<'_> {
+    /// The norm of all gradients, and the first leaf of which an element is not finite.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves and gradients.
+    pub unsafe fn norm(&self, grads: Grads) -> (f64, Option<usize>) {
+        // Squares of float64 may overflow or vanish where the norm does not: then once more, in other units.
+        for unit in [1.0, 1e-160, 1e160] {
+            let mut bad = None;
+            let mut squares = 0.0;
+            for f in [Dtype::F32, Dtype::F64] {
+                // SAFETY: as the caller vouches.
+                let (more, found) = unsafe {
+                    match f {
+                        Dtype::F64 => self.squares::<f64>(grads, unit),
+                        _ => self.squares::<f32>(grads, unit),
+                    }
+                };
+                squares += more;
+                bad = match (bad, found) {
+                    (Some(a), Some(b)) => Some(usize::min(a, b)),
+                    (a, b) => a.or(b),
+                };
+            }
+            let in_range =
+                (1e-290..f64::INFINITY).contains(&squares) || squares == 0.0 && unit > 1.0;
+            if in_range || bad.is_some() {
+                return (squares.sqrt() / unit, bad);
+            }
+        }
+        (0.0, None)
+    }
+
+    unsafe fn squares<F: Number>(&self, grads: Grads, unit: f64) -> (f64, Option<usize>) {
+        let (mut squares, mut bad, mut scratch) = (0.0, None, None);
+        for (index, leaf) in self.leaves_of::<F>(grads.has) {
+            let group = &self.groups[leaf.group];
+            let prepare = self.prepare(group, grads, 1.0);
+            let needs = Needs {
+                p: Use::Nothing,
+                rows: Use::Nothing,
+                g: Some(Prepared {
+                    prepare: &prepare,
+                    means: None,
+                }),
+                several: false,
+            };
+            let mut total = Total::default();
+            let each = |range: Range<usize>, _: &mut [F], g: Option<&[F]>, _: &mut Kept<F>| {
+                let g = g.expect("asked for");
+                total.chunk.add(Level::best(), g, g, |x, _| {
+                    let size = x.double() * unit;
+                    [size * size, f64::from(u8::from(!x.is_number()))]
+                });
+                total.close(range.end, leaf.len());
+            };
+            // SAFETY: as the caller vouches.
+            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
+            squares += total.sums[0];
+            if total.sums[1] > 0.0 && bad.is_none() {
+                bad = Some(index);
+            }
+        }
+        (squares, bad)
+    }
+
+    /// The slow step that the gradients at both ends of a cycle say is best: along a line on which the loss is a
+    /// parabola, its lowest point.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves and gradients.
+    pub unsafe fn best_slow_step(&self, grads: Grads, clip: f64, low: f64) -> f64 {
+        // SAFETY: as the caller vouches.
+        let [first, change] = unsafe {
+            plus(
+                self.slopes::<f32>(grads, clip),
+                self.slopes::<f64>(grads, clip),
+            )
+        };
+        // Slopes along the way from slow to fast: `first` at slow, `change` less at fast.
+        if change < 0.0 {
+            (first / change).clamp(low, 1.0)
+        } else if first < 0.0 {
+            1.0
+        } else {
+            low
+        }
+    }
+
+    unsafe fn slopes<F: Number>(&self, grads: Grads, clip: f64) -> [f64; SUMS] {
+        let (mut sums, mut scratch) = ([0.0; SUMS], None);
+        for (_, leaf) in self.leaves_of::<F>(grads.has) {
+            let group = &self.groups[leaf.group];
+            let prepare = self.prepare(group, grads, clip);
+            // SAFETY: as the caller vouches.
+            let means = unsafe { self.means(group, leaf, &prepare, &mut scratch) };
+            let needs = Needs {
+                p: Use::Read,
+                rows: Use::Whole,
+                g: Some(Prepared {
+                    prepare: &prepare,
+                    means: means.as_ref(),
+                }),
+                several: true,
+            };
+            let step = self.step_of::<F>(group, leaf, &[], 0, &[]);
+            let (slow, begun) = (group.rows.slow(), group.rows.gradient);
+            let (slow, begun) = (slow.expect("a cycle"), begun.expect("a row for it"));
+            let mut total = Total::default();
+            let each = |range: Range<usize>, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>| {
+                step.load(p, kept);
+                let now = g.expect("asked for");
+                let slow = take(kept.row(slow));
+                let before = take(kept.row(begun));
+                total.chunk.add_each(p.len(), |i| {
+                    let way = p[i].double() - slow[i].double();
+                    [
+                        way * before[i].double(),
+                        way * (before[i].double() - now[i].double()),
+                    ]
+                });
+                total.close(range.end, leaf.len());
+            };
+            // SAFETY: as the caller vouches.
+            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
+            sums = plus(sums, total.sums);
+        }
+        sums
+    }
+
+    /// Moves every leaf by its gradient; `clip` is what the norm asks for. `starting` cycles begin, and `ending` sync.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves and gradients.
+    pub unsafe fn step(&mut self, grads: Grads, clip: f64, starting: usize, ending: usize) {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let mut sums = vec![[0.0; SUMS]; self.measured(grads)];
+            self.measure::<f32>(grads, clip, &mut sums);
+            self.measure::<f64>(grads, clip, &mut sums);
+            let mut shared = *self.carry;
+            self.advance::<f32>(grads, clip, starting, ending, &sums, &mut shared);
+            self.advance::<f64>(grads, clip, starting, ending, &sums, &mut shared);
+            *self.carry = shared;
+        }
+    }
+
+    /// Ends `ending` cycles; slow weights move by `slow_step`, or each group's own.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves.
+    pub unsafe fn sync(&mut self, ending: usize, slow_step: Option<f64>) {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            self.meet::<f32>(ending, slow_step);
+            self.meet::<f64>(ending, slow_step);
+        }
+    }
+
+    /// Puts the weights to evaluate into params; returns the bytes of the leaves whose own are to be put back. Where slow
+    /// weights are an array that can hold the fast ones, the two change places.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves.
+    pub unsafe fn show_slow(&self) -> Vec<Vec<u8>> {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let mut saved = vec![Vec::new(); self.leaves.len()];
+            for (leaf, saved) in self.leaves.iter().zip(&mut saved) {
+                let exchanges = !self.cycles.0.is_empty() && !leaf.dtype.is_narrow();
+                if !exchanges && !self.groups[leaf.group].frozen {
+                    *saved = save(leaf, &leaf.p);
+                }
+            }
+            self.exchange::<f32>(true);
+            self.exchange::<f64>(true);
+            saved
+        }
+    }
+
+    /// Puts the fast weights back into params. What was written there meanwhile is in the slow weights then.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves; `saved` is what [`Self::show_slow`] gave.
+    pub unsafe fn show_fast(&self, saved: &[Vec<u8>]) {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            self.exchange::<f32>(false);
+            self.exchange::<f64>(false);
+            for (leaf, saved) in self.leaves.iter().zip(saved) {
+                restore(leaf, saved);
+            }
+        }
+    }
+
+    unsafe fn exchange<F: Number>(&self, enter: bool) {
+        let mut scratch = None;
+        for leaf in &*self.leaves {
+            let group = &self.groups[leaf.group];
+            if leaf.dtype.compute() != F::DTYPE || group.frozen {
+                continue;
+            }
+            let kernel = F::kernel(group);
+            let (slow, evaluate) = (group.rows.slow(), kernel.evaluate.filter(|_| enter));
+            if slow.is_none() && evaluate.is_none() {
+                continue;
+            }
+            let narrow = leaf.dtype.is_narrow();
+            let needs = Needs {
+                p: if narrow && !enter {
+                    Use::Read
+                } else {
+                    Use::Write
+                },
+                rows: if slow.is_some() {
+                    Use::Whole
+                } else {
+                    Use::Read
+                },
+                g: None,
+                several: true,
+            };
+            let mut carry = leaf.carry;
+            let scalars = (kernel.scalars)(&group.hyper, 1.0, &mut carry, [0.0; SUMS]);
+            let step = self.step_of::<F>(group, leaf, &scalars, 0, &[]);
+            let each = |_, p: &mut [F], _: Option<&[F]>, kept: &mut Kept<F>| match (slow, evaluate)
+            {
+                (Some(slow), _) if !narrow => p.swap_with_slice(kept.row(slow)),
+                (Some(slow), _) if enter => p.copy_from_slice(kept.row(slow)),
+                (Some(slow), _) => adopt(step.level, leaf.dtype, p, kept.row(slow)),
+                (None, Some(evaluate)) => {
+                    step.load(p, kept);
+                    // A leaf that the rule has not moved has no state to judge it by.
+                    if leaf.steps > 0 {
+                        evaluate(step.level, step.scalars, p, kept);
+                    }
+                }
+                (None, None) => {}
+            };
+            // SAFETY: as the caller vouches.
+            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
+        }
+    }
+
+    /// How many sums there are to keep: one pair a leaf, where any rule needs them.
+    fn measured(&self, grads: Grads) -> usize {
+        let measures = |group: &Group| group.single.scope != Scope::None;
+        if self.groups.iter().any(measures) {
+            grads.has.len()
+        } else {
+            0
+        }
+    }
+
+    unsafe fn measure<F: Number>(&self, grads: Grads, clip: f64, sums: &mut [[f64; SUMS]]) {
+        let mut scratch = None;
+        let mut scalars = Scalars::default();
+        for (index, leaf) in self.leaves_of::<F>(grads.has) {
+            let group = &self.groups[leaf.group];
+            let kernel = F::kernel(group);
+            if kernel.scope == Scope::None {
+                continue;
+            }
+            scalars.of(kernel, group, leaf, self.carry, [0.0; SUMS]);
+            let prepare = self.prepare(group, grads, clip);
+            // SAFETY: as the caller vouches.
+            let means = unsafe { self.means(group, leaf, &prepare, &mut scratch) };
+            let needs = Needs {
+                p: Use::Read,
+                rows: Use::Write,
+                g: Some(Prepared {
+                    prepare: &prepare,
+                    means: means.as_ref(),
+                }),
+                several: false,
+            };
+            let step = self.step_of::<F>(group, leaf, &scalars.values, 0, &[]);
+            let mut total = Total::default();
+            let each = |range: Range<usize>, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>| {
+                step.load(p, kept);
+                let g = g.expect("asked for");
+                (kernel.measure)(step.level, step.scalars, p, g, kept, &mut total.chunk);
+                total.close(range.end, leaf.len());
+            };
+            // SAFETY: as the caller vouches.
+            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
+            sums[index] = total.sums;
+        }
+    }
+
+    unsafe fn advance<F: Number>(
+        &mut self,
+        grads: Grads,
+        clip: f64,
+        starting: usize,
+        ending: usize,
+        sums: &[[f64; SUMS]],
+        shared: &mut [f64; CARRY],
+    ) {
+        let all_sums = sums.iter().copied().fold([0.0; SUMS], plus);
+        let syncs = self.syncs::<F>(ending, None);
+        let mut scratch = None;
+        let mut scalars = Scalars::default();
+        for index in 0..self.leaves.len() {
+            let leaf = &self.leaves[index];
+            let group = &self.groups[leaf.group];
+            if leaf.dtype.compute() != F::DTYPE || group.frozen {
+                continue;
+            }
+            let kernel = F::kernel(group);
+            let syncs = &syncs[leaf.group];
+            let moved = grads.has[index];
+            let prepare = self.prepare(group, grads, clip);
+            let mut means = None;
+            if moved {
+                let sums = match kernel.scope {
+                    Scope::None => [0.0; SUMS],
+                    Scope::Leaf => sums[index],
+                    Scope::All => all_sums,
+                };
+                scalars.of(kernel, group, leaf, self.carry, sums);
+                // SAFETY: as the caller vouches.
+                means = unsafe { self.means(group, leaf, &prepare, &mut scratch) };
+            }
+            let step = self.step_of(group, leaf, &scalars.values, starting, syncs);
+            let needs = Needs {
+                p: Use::Write,
+                rows: if moved || syncs.iter().any(Sync::moves_state) {
+                    Use::Write
+                } else {
+                    Use::Whole
+                },
+                g: moved.then_some(Prepared {
+                    prepare: &prepare,
+                    means: means.as_ref(),
+                }),
+                several: starting.max(ending) > 1
+                    || group.rows.names.len() > kernel.state.len() + 1,
+            };
+            let each =
+                |_, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>| step.advance(p, g, kept);
+            // SAFETY: as the caller vouches.
+            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
+            let resets = syncs.iter().any(Sync::resets);
+            let leaf = &mut self.leaves[index];
+            if moved {
+                leaf.steps += 1;
+                match kernel.scope {
+                    Scope::All => *shared = scalars.carry,
+                    _ => leaf.carry = scalars.carry,
+                }
+            }
+            if resets {
+                leaf.steps = 0;
+                leaf.carry = [0.0; CARRY];
+                *shared = [0.0; CARRY];
+            }
+        }
+    }
+
+    unsafe fn meet<F: Number>(&mut self, ending: usize, slow_step: Option<f64>) {
+        let syncs = self.syncs::<F>(ending, slow_step);
+        let mut scratch = None;
+        for index in 0..self.leaves.len() {
+            let leaf = &self.leaves[index];
+            let group = &self.groups[leaf.group];
+            if leaf.dtype.compute() != F::DTYPE || group.frozen {
+                continue;
+            }
+            let syncs = &syncs[leaf.group];
+            let step = self.step_of(group, leaf, &[], 0, syncs);
+            let rows = if syncs.iter().any(Sync::moves_state) {
+                Use::Write
+            } else {
+                Use::Whole
+            };
+            let needs = Needs {
+                p: Use::Write,
+                rows,
+                g: None,
+                several: true,
+            };
+            let each =
+                |_, p: &mut [F], _: Option<&[F]>, kept: &mut Kept<F>| step.advance(p, None, kept);
+            // SAFETY: as the caller vouches.
+            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
+            if syncs.iter().any(Sync::resets) {
+                let leaf = &mut self.leaves[index];
+                leaf.steps = 0;
+                leaf.carry = [0.0; CARRY];
+                *self.carry = [0.0; CARRY];
+            }
+        }
+    }
+
+    /// What the norm asks gradients to be multiplied by, the norm itself, and the first leaf that is not finite.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves and gradients.
+    pub unsafe fn clip(&self, grads: Grads) -> (f64, Option<f64>, Option<usize>) {
+        if self.options.max_norm.is_none() && !self.options.finite {
+            return (1.0, None, None);
+        }
+        // SAFETY: as the caller vouches.
+        let (norm, bad) = unsafe { self.norm(grads) };
+        let clip = match self.options.max_norm {
+            Some(most) if !(norm <= most) => most / norm,
+            _ => 1.0,
+        };
+        (clip, Some(norm), bad)
+    }
+
+    /// The leaves of a format that the rule moves.
+    fn leaves_of<'a, F: Number>(
+        &'a self,
+        has: &'a [bool],
+    ) -> impl Iterator<Item = (usize, &'a Leaf)> {
+        let all = self.leaves.iter().enumerate();
+        all.filter(|&(index, leaf)| {
+            has[index] && leaf.dtype.compute() == F::DTYPE && !self.groups[leaf.group].frozen
+        })
+    }
+
+    fn prepare<F: Element>(&self, group: &Group, grads: Grads, clip: f64) -> Prepare<F> {
+        let sign = if group.maximize { -1.0 } else { 1.0 };
+        Prepare {
+            factor: F::round(sign * grads.scale),
+            limit: self.options.max_value.map(F::round),
+            clip: F::round(clip),
+        }
+    }
+
+    /// The means of a leaf's gradient, where it has more than one axis and they are to be taken away.
+    unsafe fn means<F: Number>(
+        &self,
+        group: &Group,
+        leaf: &Leaf,
+        prepare: &Prepare<F>,
+        scratch: &mut Option<Box<Scratch<F>>>,
+    ) -> Option<Means<F>> {
+        let dims = leaf.shape.len();
+        let axis = self.options.centralize.filter(|_| dims > 1)?;
+        let axis = axis.rem_euclid(dims.cast_signed()).cast_unsigned();
+        let position = leaf.order.iter().position(|&a| a == axis)?;
+        let inner = leaf.order[position + 1..]
+            .iter()
+            .map(|&a| leaf.shape[a])
+            .product();
+        let mut means = Means::new(leaf.shape[axis], inner);
+        let needs = Needs {
+            p: Use::Nothing,
+            rows: Use::Nothing,
+            g: Some(Prepared {
+                prepare,
+                means: None,
+            }),
+            several: false,
+        };
+        let each = |range: Range<usize>, _: &mut [F], g: Option<&[F]>, _: &mut Kept<F>| {
+            means.add(range.start, g.expect("asked for"));
+        };
+        // SAFETY: as the caller vouches.
+        unsafe { visit(self.arena, group, leaf, needs, scratch, each) };
+        means.finish(leaf.len());
+        Some(means)
+    }
+
+    fn syncs<F: Element>(&self, ending: usize, slow_step: Option<f64>) -> Vec<Vec<Sync<F>>> {
+        let of_group = |group: &Group| {
+            let own = self.cycles.0[..ending]
+                .iter()
+                .zip(&group.slow_steps)
+                .enumerate();
+            own.map(|(depth, (cycle, &own))| {
+                Sync::new(cycle, slow_step.filter(|_| depth == 0).unwrap_or(own))
+            })
+            .collect()
+        };
+        self.groups.iter().map(of_group).collect()
+    }
+
+    fn step_of<'a, F: Number>(
+        &self,
+        group: &'a Group,
+        leaf: &Leaf,
+        scalars: &'a [F],
+        starting: usize,
+        syncs: &'a [Sync<F>],
+    ) -> Step<'a, F> {
+        Step {
+            level: Level::best(),
+            kernel: F::kernel(group),
+            scalars,
+            starting,
+            syncs,
+            rows: &group.rows,
+            dtype: leaf.dtype,
+        }
+    }
+}
+
+/// The scalars of a leaf's next step; formed once for all leaves that have the same.
+struct Scalars<F> {
+    key: Option<(usize, u64, [f64; CARRY], [f64; SUMS])>,
+    values: Vec<F>,
+    /// What the step carries to the next.
+    carry: [f64; CARRY],
+}
+
+impl<F> Default for Scalars<F> {
+    fn default() -> Self {
+        Self {
+            key: None,
+            values: Vec::new(),
+            carry: [0.0; CARRY],
+        }
+    }
+}
+
+impl<F: Number> Scalars<F> {
+    fn of(
+        &mut self,
+        kernel: &Kernel<F>,
+        group: &Group,
+        leaf: &Leaf,
+        shared: &[f64; CARRY],
+        sums: [f64; SUMS],
+    ) {
+        let carry = if kernel.scope == Scope::All {
+            *shared
+        } else {
+            leaf.carry
+        };
+        let step = leaf.steps + 1;
+        let key = Some((leaf.group, step, carry, sums));
+        if self.key != key {
+            #[allow(
+                clippy::cast_precision_loss,
+                reason = "past 2^53 steps a power of a beta is long zero"
+            )]
+            let t = step as f64;
+            self.key = key;
+            self.carry = carry;
+            self.values = (kernel.scalars)(&group.hyper, t, &mut self.carry, sums);
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! What a step does to a piece of a leaf: the kernel, and the passes beside it. A sync is part of the kernel's own pass
+//! where it can be; what is rarer (a leaf without a gradient, momentum of the sync, nested cycles, state that is reset or
+//! pulled back, weights that are kept in more bits than they are trained in) is a pass over a piece that is in the cache.
+
+use std::mem::take;
+
+use crate::element::{Dtype, Element, adopt};
+use crate::kernel::{Kept, Kernel};
+use crate::lookahead::{Blend, Cycle, InnerState, Momentum, Phase};
+use crate::simd::{Level, at};
+
+/// Where the arrays that cycles keep are among the rows of a leaf: see [`Kept::row`].
+#[derive(Clone, Debug)]
+pub struct Rows {
+    /// Of each cycle, the innermost first.
+    pub cycles: Vec<CycleRows>,
+    /// The gradients that the cycle began with.
+    pub gradient: Option<usize>,
+    /// The weights in full, where they are stored in 16 bits.
+    pub master: Option<usize>,
+    /// All names, in order.
+    pub names: Vec<String>,
+}
+
+/// The arrays of one cycle.
+#[derive(Clone, Debug)]
+pub struct CycleRows {
+    slow: usize,
+    momentum: Option<usize>,
+    /// What is pulled back, and where what it was after the last sync is.
+    pulled: Vec<(usize, usize)>,
+    /// What is reset.
+    reset: Vec<usize>,
+}
+
+impl Rows {
+    /// The rows of a rule with `state` arrays within `cycles`; `gradient` and `master` are kept where asked for.
+    #[must_use]
+    pub fn new(state: &[&str], cycles: &[Cycle], gradient: bool, master: bool) -> Self {
+        let mut names: Vec<String> = state.iter().map(|&name| name.into()).collect();
+        let mut within: Vec<usize> = (0..state.len()).collect();
+        let mut before: Vec<usize> = Vec::new();
+        let row = |names: &mut Vec<String>, name: String| {
+            names.push(name);
+            names.len() - 1
+        };
+        let mut rows = Vec::new();
+        for (depth, cycle) in cycles.iter().enumerate() {
+            let of = |name: &str| match depth {
+                0 => name.to_owned(),
+                _ => format!("{name}.{depth}"),
+            };
+            let slow = row(&mut names, of("slow"));
+            let pulled = match cycle.inner_state {
+                InnerState::Pullback => within
+                    .iter()
+                    .map(|&now| {
+                        let name = of(&format!("{}.before", names[now]));
+                        (now, row(&mut names, name))
+                    })
+                    .collect(),
+                _ => Vec::new(),
+            };
+            let reset = match cycle.inner_state {
+                InnerState::Reset => within.iter().chain(&before).copied().collect(),
+                _ => Vec::new(),
+            };
+            let momentum = cycle.outer.map(|_| row(&mut names, of("momentum")));
+            within.extend(momentum);
+            before.extend(pulled.iter().map(|&(_, before)| before));
+            rows.push(CycleRows {
+                slow,
+                momentum,
+                pulled,
+                reset,
+            });
+        }
+        let gradient = gradient.then(|| row(&mut names, "gradient".into()));
+        let master = master.then(|| row(&mut names, "master".into()));
+        Self {
+            cycles: rows,
+            gradient,
+            master,
+            names,
+        }
+    }
+
+    /// The row of the weights to evaluate within the outermost cycle.
+    #[must_use]
+    pub fn slow(&self) -> Option<usize> {
+        self.cycles.last().map(|cycle| cycle.slow)
+    }
+}
+
+/// A sync of one cycle.
+#[derive(Clone, Copy, Debug)]
+pub struct Sync<F> {
+    weights: Meet<F>,
+    state: InnerState,
+    part: Option<Blend<F>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Meet<F> {
+    /// Fast weights stay.
+    Fast,
+    Blend(Blend<F>),
+    Momentum(Momentum<F>),
+}
+
+impl<F: Element> Sync<F> {
+    /// The sync of `cycle` by `slow_step`.
+    #[must_use]
+    pub fn new(cycle: &Cycle, slow_step: f64) -> Self {
+        let part = Blend::new(slow_step);
+        Self {
+            weights: match (cycle.outer, part) {
+                (Some(outer), _) => Meet::Momentum(Momentum::new(outer, slow_step)),
+                (None, Some(blend)) => Meet::Blend(blend),
+                (None, None) => Meet::Fast,
+            },
+            state: cycle.inner_state,
+            part,
+        }
+    }
+
+    /// Whether a leaf's steps are counted from the start again.
+    #[must_use]
+    pub fn resets(&self) -> bool {
+        self.state == InnerState::Reset
+    }
+
+    /// Whether it does anything to the rule's state.
+    #[must_use]
+    pub fn moves_state(&self) -> bool {
+        self.state != InnerState::Keep
+    }
+
+    fn move_weights(&self, level: Level, rows: &CycleRows, p: &mut [F], kept: &mut Kept<F>) {
+        let slow = take(kept.row(rows.slow));
+        match self.weights {
+            Meet::Fast => {}
+            Meet::Blend(blend) => {
+                let pairs = p.iter_mut().zip(&*slow);
+                at!(level, pairs.for_each(|(p, &slow)| *p = blend.of(*p, slow)));
+            }
+            Meet::Momentum(momentum) => {
+                let u = kept.row(rows.momentum.expect("a row for it"));
+                let all = p.iter_mut().zip(&*slow).zip(&mut **u);
+                at!(
+                    level,
+                    all.for_each(|((p, &slow), u)| *p = momentum.of(*p, slow, u))
+                );
+            }
+        }
+        *kept.row(rows.slow) = slow;
+    }
+
+    fn move_state(&self, level: Level, rows: &CycleRows, kept: &mut Kept<F>) {
+        for &row in &rows.reset {
+            kept.row(row).fill(F::default());
+        }
+        for &(now, before) in &rows.pulled {
+            let before = take_row(kept, before);
+            let pairs = kept.row(now).iter_mut().zip(&mut *before.1);
+            at!(
+                level,
+                pairs.for_each(|(now, before)| {
+                    if let Some(part) = self.part {
+                        *now = part.of(*now, *before);
+                    }
+                    *before = *now;
+                })
+            );
+            *kept.row(before.0) = before.1;
+        }
+    }
+}
+
+fn take_row<'a, F>(kept: &mut Kept<'a, F>, row: usize) -> (usize, &'a mut [F]) {
+    (row, take(kept.row(row)))
+}
+
+/// What a step does to every piece of a leaf.
+#[derive(Clone, Copy)]
+pub struct Step<'a, F> {
+    /// The instruction set.
+    pub level: Level,
+    /// The rule.
+    pub kernel: &'a Kernel<F>,
+    /// What the rule reads besides arrays.
+    pub scalars: &'a [F],
+    /// How many cycles begin, from the innermost.
+    pub starting: usize,
+    /// The syncs of the cycles that end, the innermost first.
+    pub syncs: &'a [Sync<F>],
+    /// Where arrays are.
+    pub rows: &'a Rows,
+    /// How the leaf's weights are stored.
+    pub dtype: Dtype,
+}
+
+impl<F: Element> Step<'_, F> {
+    /// Moves a piece; without gradients, the rule leaves it alone, and the cycles do not.
+    pub fn advance(&self, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>) {
+        let master = self.load(p, kept);
+        // Without a master copy, slow weights are what is kept of a 16-bit leaf in full, also between cycles.
+        let keeps_slow = self.dtype.is_narrow() && master.is_none();
+        let fuses_start = self.starting > 0 && g.is_some() && !keeps_slow;
+        for (depth, cycle) in self.rows.cycles[..self.starting].iter().enumerate() {
+            let slow = kept.row(cycle.slow);
+            if keeps_slow {
+                adopt(self.level, self.dtype, p, slow);
+            } else if depth > 0 || !fuses_start {
+                slow.copy_from_slice(p);
+            }
+        }
+        if let Some(row) = self.rows.gradient.filter(|_| self.starting > 0) {
+            match g {
+                Some(g) => kept.row(row).copy_from_slice(g),
+                None => kept.row(row).fill(F::default()),
+            }
+        }
+        let fused = match self.syncs {
+            [
+                Sync {
+                    weights: Meet::Blend(blend),
+                    ..
+                },
+                ..,
+            ] if !keeps_slow && self.starting == 0 => Some(*blend).filter(|_| g.is_some()),
+            _ => None,
+        };
+        if let Some(g) = g {
+            let phase = match fused {
+                Some(blend) => Phase::Sync(blend),
+                None if fuses_start => Phase::Start,
+                None => Phase::Plain,
+            };
+            (self.kernel.step)(self.level, phase, self.scalars, p, g, kept);
+        }
+        self.sync(fused.is_some(), keeps_slow, p, kept);
+        if let Some(row) = master {
+            kept.row(row).copy_from_slice(p);
+        }
+    }
+
+    /// Puts the weights in full in place of those that were stored in 16 bits; returns their row, where there is one.
+    pub fn load(&self, p: &mut [F], kept: &mut Kept<F>) -> Option<usize> {
+        let row = self.rows.master.filter(|_| self.dtype.is_narrow())?;
+        adopt(self.level, self.dtype, p, kept.row(row));
+        p.copy_from_slice(kept.row(row));
+        Some(row)
+    }
+
+    fn sync(&self, fused: bool, keeps_slow: bool, p: &mut [F], kept: &mut Kept<F>) {
+        for (depth, (sync, rows)) in self.syncs.iter().zip(&self.rows.cycles).enumerate() {
+            if depth > 0 || !fused {
+                sync.move_weights(self.level, rows, p, kept);
+            }
+            sync.move_state(self.level, rows, kept);
+            if keeps_slow {
+                for within in &self.rows.cycles[..=depth] {
+                    kept.row(within.slow).copy_from_slice(p);
+                }
+            }
+        }
+    }
+}
