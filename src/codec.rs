@@ -1,7 +1,7 @@
 //! State in fewer bits: what is kept of each number, and what is read back.
 
 use crate::element::{Element, from_bf16, to_bf16};
-use crate::rule::LANES;
+use crate::rule::{LANES, stored};
 use crate::simd::{Level, at};
 
 /// Elements that share a scale.
@@ -54,144 +54,256 @@ pub fn read_bf16<F: Element>(level: Level, codes: &[u16], into: &mut [F]) {
     );
 }
 
+/// The numbers that a run of elements has in its leaf, from which their random bits are made.
+#[derive(Clone, Copy)]
+pub enum Numbers<'a> {
+    /// Counted on from the first.
+    From(u64),
+    /// One by one.
+    These(&'a [u64]),
+}
+
+impl Numbers<'_> {
+    /// Those of the elements after the first `n`.
+    #[must_use]
+    pub fn after(self, n: usize) -> Self {
+        match self {
+            Self::From(first) => Self::From(first + n as u64),
+            Self::These(numbers) => Self::These(&numbers[n..]),
+        }
+    }
+
+    /// The random bits of `LANES` elements from number `i` on.
+    #[inline(always)]
+    fn random(self, key: u32, i: usize) -> [u32; LANES] {
+        match self {
+            // Runs begin at multiples of a block, so within one the upper half of the number is one for all.
+            Self::From(first) => {
+                let first = first + i as u64;
+                let high = spread(key, first);
+                std::array::from_fn(|lane| mix(low(first + lane as u64) ^ high))
+            }
+            Self::These(numbers) => std::array::from_fn(|lane| {
+                numbers
+                    .get(i + lane)
+                    .map_or(0, |&number| random(key, number))
+            }),
+        }
+    }
+}
+
+/// Calls `each` with `LANES` elements of `from`, zeroes after its end, and with what comes of them; tile by tile.
+#[inline(always)]
+fn by_tile<A: Copy + Default, B: Copy + Default>(
+    from: &[A],
+    into: &mut [B],
+    mut each: impl FnMut(usize, &[A; LANES], &mut [B; LANES]),
+) {
+    let (tiles, end) = from.as_chunks::<LANES>();
+    let (into, into_end) = into.as_chunks_mut::<LANES>();
+    for (i, (a, b)) in tiles.iter().zip(into).enumerate() {
+        each(i * LANES, a, b);
+    }
+    if !end.is_empty() {
+        let (mut a, mut b) = ([A::default(); LANES], [B::default(); LANES]);
+        a[..end.len()].copy_from_slice(end);
+        each(tiles.len() * LANES, &a, &mut b);
+        into_end.copy_from_slice(&b[..end.len()]);
+    }
+}
+
 /// Keeps bfloat16. What overflows is kept as the largest number, like all state.
 pub fn keep_bf16<F: Element>(
     level: Level,
     rounding: Rounding,
     from: &[F],
-    index: impl Fn(usize) -> u64,
-    codes: &mut [u16],
+    numbers: Numbers,
+    into: &mut [u16],
 ) {
-    const LARGEST: u16 = 0x7f7f;
-    let saturated = |x: f32, code: u16| {
-        let overflows = code & 0x7fff > LARGEST && x.is_finite();
-        if overflows {
-            code & 0x8000 | LARGEST
-        } else {
-            code
-        }
-    };
     match rounding {
         Rounding::Nearest => {
-            let pairs = from.iter().zip(codes);
+            let pairs = from.iter().zip(into);
             at!(
                 level,
-                pairs.for_each(|(x, code)| {
-                    let x = x.single();
-                    *code = saturated(x, to_bf16(x));
-                })
+                pairs.for_each(|(x, code)| *code = saturated(x.single(), to_bf16(x.single())))
             );
         }
-        Rounding::Stochastic { key } => {
-            let pairs = from.iter().zip(codes).enumerate();
-            at!(
-                level,
-                pairs.for_each(|(i, (x, code))| {
-                    let x = x.single();
-                    let up = x.to_bits().wrapping_add(random(key, index(i)) & 0xffff);
-                    #[allow(clippy::cast_possible_truncation, reason = "the upper half is kept")]
-                    let either = (up >> 16) as u16;
-                    *code = if x.is_finite() {
-                        saturated(x, either)
-                    } else {
-                        to_bf16(x)
-                    };
-                })
-            );
-        }
+        Rounding::Stochastic { key } => at!(
+            level,
+            by_tile(from, into, |i, from, into| {
+                let random = numbers.random(key, i);
+                for lane in 0..LANES {
+                    into[lane] = either_bf16(from[lane].single(), random[lane]);
+                }
+            })
+        ),
+    }
+}
+
+/// The code of `x`, rounded up or down by random bits.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation, reason = "the upper half is kept")]
+fn either_bf16(x: f32, random: u32) -> u16 {
+    let up = (x.to_bits().wrapping_add(random & 0xffff) >> 16) as u16;
+    if x.is_finite() {
+        saturated(x, up)
+    } else {
+        to_bf16(x)
+    }
+}
+
+#[inline(always)]
+fn saturated(x: f32, code: u16) -> u16 {
+    const LARGEST: u16 = 0x7f7f;
+    let overflows = code & 0x7fff > LARGEST && x.is_finite();
+    if overflows {
+        code & 0x8000 | LARGEST
+    } else {
+        code
     }
 }
 
 /// The code of what is not finite; it is read back as NaN.
 const LOST: u8 = 255;
+/// Steps from nothing to a block's scale.
+const SIGNED_STEPS: f32 = 127.0;
+const UNSIGNED_STEPS: f32 = 254.0;
 
-/// What code `q` is of its block's scale. Squares (of either sign) and fourth powers, because the numbers of a block
+/// What `q` steps are of a block's scale. Squares (of either sign) and fourth powers, because the numbers of a block
 /// spread over many sizes, second moments over the square of that.
-fn fraction(codec: Codec, q: u8) -> f32 {
-    if codec == Codec::Signed8 {
-        let x = (f32::from(q) - 127.0) / 127.0;
+#[inline(always)]
+fn power<const SIGNED: bool>(q: f32) -> f32 {
+    let x = q / if SIGNED { SIGNED_STEPS } else { UNSIGNED_STEPS };
+    if SIGNED {
         x * x.abs()
     } else {
-        let x = f32::from(q) / 254.0;
         (x * x) * (x * x)
     }
 }
 
 /// Reads one block of 8-bit codes.
-pub fn read_8<F: Element>(codec: Codec, codes: &[u8], scale: f32, into: &mut [F]) {
-    for (&q, x) in codes.iter().zip(into) {
-        *x = F::of_single(match (codec, q) {
-            (Codec::Signed8 | Codec::Unsigned8, LOST) => f32::NAN,
-            // Zeroed memory is a fresh state: a block without a scale is zero, whatever its codes.
-            _ if scale == 0.0 => 0.0,
-            _ => fraction(codec, q) * scale,
-        });
+pub fn read_8<F: Element>(level: Level, codec: Codec, from: &[u8], scale: f32, into: &mut [F]) {
+    if codec == Codec::Signed8 {
+        at!(level, read_block::<F, true>(from, scale, into));
+    } else {
+        at!(level, read_block::<F, false>(from, scale, into));
+    }
+}
+
+#[inline(always)]
+fn read_block<F: Element, const SIGNED: bool>(from: &[u8], scale: f32, into: &mut [F]) {
+    for (&q, x) in from.iter().zip(into) {
+        let steps = f32::from(q) - if SIGNED { SIGNED_STEPS } else { 0.0 };
+        // Zeroed memory is a fresh state: a block without a scale is zero, whatever its codes.
+        let number = stored(power::<SIGNED>(steps) * scale);
+        *x = F::of_single(if q == LOST { f32::NAN } else { number });
     }
 }
 
 /// Keeps one block in 8-bit codes; returns its scale, the largest magnitude. A number that is not zero and never negative
 /// is not rounded to zero: a denominator would vanish.
 pub fn keep_8<F: Element>(
+    level: Level,
     codec: Codec,
     rounding: Rounding,
     from: &[F],
-    index: impl Fn(usize) -> u64,
-    codes: &mut [u8],
+    numbers: Numbers,
+    into: &mut [u8],
 ) -> f32 {
-    let finite = from
-        .iter()
-        .map(|x| x.single().abs())
-        .filter(|x| x.is_finite());
-    let scale = finite.fold(0.0, f32::max);
-    for (i, (x, code)) in from.iter().zip(codes).enumerate() {
-        let x = x.single();
-        let part = (x / scale).abs();
-        let chance = match rounding {
-            Rounding::Nearest => 0.5,
-            Rounding::Stochastic { key } => uniform(random(key, index(i))),
-        };
-        // The number lies between the codes `steps` and `steps + 1`.
-        let (steps, most) = match codec {
-            Codec::Signed8 => (part.sqrt() * 127.0, 127.0),
-            _ => (part.sqrt().sqrt() * 254.0, 254.0),
-        };
-        let below = steps.floor().min(most - 1.0);
-        let side = |q: f32| match codec {
-            Codec::Signed8 => (q / most) * (q / most),
-            _ => ((q / most) * (q / most)) * ((q / most) * (q / most)),
-        };
-        let (low, high) = (side(below), side(below + 1.0));
-        let q = if part - low > chance * (high - low) {
-            below + 1.0
-        } else {
-            below
-        };
-        #[allow(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "at most 254"
-        )]
-        let code_of = |q: f32| q as u8;
-        *code = if !x.is_finite() {
-            LOST
-        } else if scale == 0.0 {
-            if codec == Codec::Signed8 { 127 } else { 0 }
-        } else if codec == Codec::Signed8 {
-            code_of(if x < 0.0 { 127.0 - q } else { 127.0 + q })
-        } else {
-            code_of(if x > 0.0 { q.max(1.0) } else { 0.0 })
-        };
+    if codec == Codec::Signed8 {
+        at!(level, keep_block::<F, true>(rounding, from, numbers, into))
+    } else {
+        at!(level, keep_block::<F, false>(rounding, from, numbers, into))
     }
+}
+
+#[inline(always)]
+fn keep_block<F: Element, const SIGNED: bool>(
+    rounding: Rounding,
+    from: &[F],
+    numbers: Numbers,
+    into: &mut [u8],
+) -> f32 {
+    let mut largest = [0.0_f32; LANES];
+    by_tile(from, &mut [0_u8; BLOCK][..from.len()], |_, from, _| {
+        for lane in 0..LANES {
+            let x = from[lane].single().abs();
+            largest[lane] = if x > largest[lane] && x < f32::INFINITY {
+                x
+            } else {
+                largest[lane]
+            };
+        }
+    });
+    let scale = largest.into_iter().fold(0.0, f32::max);
+    by_tile(from, into, |i, from, into| {
+        let chances = match rounding {
+            Rounding::Nearest => [0.5; LANES],
+            Rounding::Stochastic { key } => numbers.random(key, i).map(uniform),
+        };
+        for lane in 0..LANES {
+            into[lane] = code::<SIGNED>(from[lane].single(), scale, chances[lane]);
+        }
+    });
     scale
+}
+
+/// The code of `x`: of the two that it lies between, the upper one if it is further from the lower than `chance` of the
+/// way.
+#[inline(always)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "at most 255"
+)]
+fn code<const SIGNED: bool>(x: f32, scale: f32, chance: f32) -> u8 {
+    let most = if SIGNED { SIGNED_STEPS } else { UNSIGNED_STEPS };
+    let part = (x / if scale == 0.0 { 1.0 } else { scale }).abs();
+    let root = if SIGNED {
+        part.sqrt()
+    } else {
+        part.sqrt().sqrt()
+    };
+    // Whole steps below; small numbers are cut to integers, which every instruction set can.
+    let steps = root * most;
+    let below = if steps < most - 1.0 {
+        steps as i32 as f32
+    } else {
+        most - 1.0
+    };
+    let (low, high) = (power::<SIGNED>(below), power::<SIGNED>(below + 1.0));
+    let q = below
+        + if part - low > chance * (high - low) {
+            1.0
+        } else {
+            0.0
+        };
+    let q = if SIGNED {
+        SIGNED_STEPS + if x < 0.0 { -q } else { q }
+    } else if x > 0.0 && q < 1.0 {
+        1.0
+    } else {
+        q
+    };
+    if x.is_finite() { q as i32 as u8 } else { LOST }
 }
 
 /// 32 random bits for an element, from a counter: whoever asks for them again, in whatever order, gets the same.
 #[must_use]
 #[inline(always)]
-pub fn random(key: u32, index: u64) -> u32 {
-    #[allow(clippy::cast_possible_truncation, reason = "both halves are used")]
-    let (low, high) = (index as u32, (index >> 32) as u32);
-    mix(low ^ mix(key ^ high.wrapping_mul(0x9e37_79b9)))
+pub fn random(key: u32, number: u64) -> u32 {
+    mix(low(number) ^ spread(key, number))
+}
+
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation, reason = "the lower half")]
+fn low(number: u64) -> u32 {
+    number as u32
+}
+
+#[inline(always)]
+fn spread(key: u32, number: u64) -> u32 {
+    mix(key ^ low(number >> 32).wrapping_mul(0x9e37_79b9))
 }
 
 /// Spreads every bit over all others: Wellons' `lowbias32`, <https://nullprogram.com/blog/2018/07/31/>.
@@ -212,12 +324,13 @@ fn uniform(bits: u32) -> f32 {
 }
 
 #[cfg(test)]
+#[allow(clippy::float_cmp, reason = "equal bits are what is claimed")]
 mod tests {
     use super::*;
 
     fn bf16(rounding: Rounding, from: &[f32]) -> Vec<f32> {
         let (mut codes, mut back) = (vec![0; from.len()], vec![0.0; from.len()]);
-        keep_bf16(Level::best(), rounding, from, |i| i as u64, &mut codes);
+        keep_bf16(Level::best(), rounding, from, Numbers::From(0), &mut codes);
         read_bf16(Level::best(), &codes, &mut back);
         back
     }
@@ -248,8 +361,15 @@ mod tests {
         let positive: Vec<f32> = from.iter().map(|x| x * x).collect();
         for (codec, from) in [(Codec::Signed8, &from), (Codec::Unsigned8, &positive)] {
             let (mut codes, mut back) = (vec![0; 256], vec![0.0; 256]);
-            let scale = keep_8(codec, Rounding::Nearest, from, |i| i as u64, &mut codes);
-            read_8(codec, &codes, scale, &mut back);
+            let scale = keep_8(
+                Level::best(),
+                codec,
+                Rounding::Nearest,
+                from,
+                Numbers::From(0),
+                &mut codes,
+            );
+            read_8(Level::best(), codec, &codes, scale, &mut back);
             for (&x, &y) in from.iter().zip(&back) {
                 // Half the way between two codes: the derivative of the power, at either end of the step.
                 let part = f64::from((x / scale).abs());
@@ -271,7 +391,7 @@ mod tests {
     fn zeroed_memory_is_a_fresh_state() {
         for codec in [Codec::Signed8, Codec::Unsigned8] {
             let mut back = [1.0_f32; 3];
-            read_8(codec, &[0; 3], 0.0, &mut back);
+            read_8(Level::best(), codec, &[0; 3], 0.0, &mut back);
             assert_eq!(back, [0.0; 3]);
         }
     }

@@ -83,24 +83,21 @@ impl Element for f32 {
     const DTYPE: Dtype = Dtype::F32;
 
     fn widen(level: Level, dtype: Dtype, from: &[u16], into: &mut [Self]) {
-        match dtype {
-            Dtype::F16 => from.reinterpret_cast::<f16>().convert_to_f32_slice(into),
-            _ => {
-                let pairs = from.iter().zip(into);
-                at!(level, pairs.for_each(|(&x, y)| *y = from_bf16(x)));
-            }
+        if dtype == Dtype::F16 {
+            from.reinterpret_cast::<f16>().convert_to_f32_slice(into);
+        } else {
+            let pairs = from.iter().zip(into);
+            at!(level, pairs.for_each(|(&x, y)| *y = from_bf16(x)));
         }
     }
 
     fn narrow(level: Level, dtype: Dtype, from: &[Self], into: &mut [u16]) {
-        match dtype {
-            Dtype::F16 => into
-                .reinterpret_cast_mut::<f16>()
-                .convert_from_f32_slice(from),
-            _ => {
-                let pairs = from.iter().zip(into);
-                at!(level, pairs.for_each(|(&x, y)| *y = to_bf16(x)));
-            }
+        if dtype == Dtype::F16 {
+            let into = into.reinterpret_cast_mut::<f16>();
+            into.convert_from_f32_slice(from);
+        } else {
+            let pairs = from.iter().zip(into);
+            at!(level, pairs.for_each(|(&x, y)| *y = to_bf16(x)));
         }
     }
 

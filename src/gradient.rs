@@ -47,7 +47,7 @@ pub struct Means<F> {
     /// Elements from one place on the axis to the next.
     inner: usize,
     sums: Vec<f64>,
-    means: Vec<F>,
+    all: Vec<F>,
 }
 
 impl<F: Element> Means<F> {
@@ -57,17 +57,15 @@ impl<F: Element> Means<F> {
         Self {
             inner,
             sums: vec![0.0; size],
-            means: Vec::new(),
+            all: Vec::new(),
         }
     }
 
     /// Adds elements, the first of which is number `start`.
     pub fn add(&mut self, start: usize, g: &[F]) {
-        let mut at = start;
-        for &x in g {
+        for (at, &x) in (start..).zip(g) {
             let place = at / self.inner % self.sums.len();
             self.sums[place] += x.double();
-            at += 1;
         }
     }
 
@@ -75,15 +73,13 @@ impl<F: Element> Means<F> {
     pub fn finish(&mut self, len: usize) {
         #[allow(clippy::cast_precision_loss, reason = "no array has 2^53 elements")]
         let count = (len / self.sums.len().max(1)) as f64;
-        self.means = self.sums.iter().map(|sum| F::round(sum / count)).collect();
+        self.all = self.sums.iter().map(|sum| F::round(sum / count)).collect();
     }
 
     /// Takes the means from elements, the first of which is number `start`.
     pub fn subtract(&self, start: usize, g: &mut [F]) {
-        let mut at = start;
-        for x in g {
-            *x = *x - self.means[at / self.inner % self.means.len()];
-            at += 1;
+        for (at, x) in (start..).zip(g) {
+            *x = *x - self.all[at / self.inner % self.all.len()];
         }
     }
 }

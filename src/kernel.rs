@@ -48,13 +48,15 @@ impl<'a, F> Kept<'a, F> {
     }
 
     /// The array of a row, in the order in which they were added.
+    #[allow(
+        clippy::mut_mut,
+        reason = "an array can be taken out of its row, and put back"
+    )]
     pub fn row(&mut self, row: usize) -> &mut &'a mut [F] {
-        if row < self.states {
-            &mut self.state[row]
-        } else if row == self.states {
-            &mut self.slow
-        } else {
-            &mut self.more[row - self.states - 1]
+        match row.checked_sub(self.states) {
+            None => &mut self.state[row],
+            Some(0) => &mut self.slow,
+            Some(more) => &mut self.more[more - 1],
         }
     }
 }

@@ -153,10 +153,7 @@ impl Inner {
         for leaf in &mut leaves {
             leaf.at = bytes;
             leaf.key = hash(&leaf.name);
-            bytes = groups[leaf.group]
-                .rows(leaf)
-                .last()
-                .map_or(bytes, |row| row.end);
+            bytes += groups[leaf.group].bytes(leaf);
         }
         let arena = Arena::new(py, bytes)?;
         let ours = (arena.span.clone(), None);

@@ -9,7 +9,7 @@ use numpy::prelude::*;
 use pyo3::prelude::*;
 use pyo3::types::PyWeakrefReference;
 
-use crate::codec::{self, Codec, Rounding, keep_8, keep_bf16, mix, read_8, read_bf16};
+use crate::codec::{self, Codec, Numbers, Rounding, keep_8, keep_bf16, mix, read_8, read_bf16};
 use crate::element::{Dtype, Element};
 use crate::gradient::{Means, Prepare};
 use crate::kernel::{CHUNK, Kept, Kernel, MAX_STATE};
@@ -59,7 +59,17 @@ impl Number for f64 {
 }
 
 impl Group {
-    /// How many rows a leaf has, how each is kept, and where it begins: its codes, and its scales.
+    /// Bytes from a leaf's first row to the next leaf's.
+    pub fn bytes(&self, leaf: &Leaf) -> usize {
+        let (n, size) = (leaf.len(), leaf.dtype.compute().size());
+        let of_row = |row: Row| {
+            let (numbers, scales) = row.codec.bytes(n, size);
+            numbers.next_multiple_of(LINE) + scales.next_multiple_of(LINE)
+        };
+        self.rows(leaf).map(of_row).sum()
+    }
+
+    /// A leaf's rows: how each is kept, and where.
     pub fn rows(&self, leaf: &Leaf) -> impl Iterator<Item = Row> {
         let has_master = leaf.dtype.is_narrow() || self.rows.master.is_none();
         let count = self.rows.names.len() - usize::from(!has_master);
@@ -71,15 +81,14 @@ impl Group {
                 Some(codec) if size == 4 => *codec,
                 _ => Codec::Whole,
             };
-            let (codes, scales) = codec.bytes(n, size);
-            let start = at;
-            at += codes.next_multiple_of(LINE) + scales.next_multiple_of(LINE);
-            Row {
+            let (numbers, scales) = codec.bytes(n, size);
+            let row = Row {
                 codec,
-                codes: start,
-                scales: start + codes.next_multiple_of(LINE),
-                end: at,
-            }
+                codes: at,
+                scales: at + numbers.next_multiple_of(LINE),
+            };
+            at = row.scales + scales.next_multiple_of(LINE);
+            row
         })
     }
 }
@@ -90,7 +99,6 @@ pub struct Row {
     pub codec: Codec,
     pub codes: usize,
     pub scales: usize,
-    pub end: usize,
 }
 
 /// All rows of all leaves, in one array of NumPy's.
@@ -157,9 +165,20 @@ impl Place {
 
     /// Copies elements out.
     ///
+    /// # Panics
+    /// If `into` is shorter than the range.
+    ///
     /// # Safety
     /// The place must hold live elements of type `T` that nobody writes meanwhile.
     pub unsafe fn gather<T: Copy>(&self, range: Range<usize>, into: &mut [T]) {
+        if self.layout.is_contiguous() {
+            let first = self.data + range.start * size_of::<T>();
+            let first = with_exposed_provenance_mut::<u8>(first);
+            let into = into[..range.len()].as_mut_ptr().cast::<u8>();
+            // SAFETY: as the caller vouches; bytes have no alignment, and `into` is borrowed mutably, so it is elsewhere.
+            unsafe { into.copy_from_nonoverlapping(first, range.len() * size_of::<T>()) };
+            return;
+        }
         let mut into = into.iter_mut();
         self.layout.visit(range, |offset| {
             let at = with_exposed_provenance_mut::<T>(self.data.wrapping_add_signed(offset));
@@ -170,9 +189,20 @@ impl Place {
 
     /// Copies elements in.
     ///
+    /// # Panics
+    /// If `from` is shorter than the range.
+    ///
     /// # Safety
     /// The place must hold live elements of type `T` that nobody else reads or writes meanwhile.
     pub unsafe fn scatter<T: Copy>(&self, range: Range<usize>, from: &[T]) {
+        if self.layout.is_contiguous() {
+            let first = self.data + range.start * size_of::<T>();
+            let first = with_exposed_provenance_mut::<u8>(first);
+            let from = from[..range.len()].as_ptr().cast::<u8>();
+            // SAFETY: as the caller vouches; bytes have no alignment, and nobody else reads the place, so it is elsewhere.
+            unsafe { first.copy_from_nonoverlapping(from, range.len() * size_of::<T>()) };
+            return;
+        }
         let mut from = from.iter();
         self.layout.visit(range, |offset| {
             let at = with_exposed_provenance_mut::<T>(self.data.wrapping_add_signed(offset));
@@ -252,12 +282,12 @@ pub struct Scratch<F> {
 }
 
 impl<F: Element> Scratch<F> {
-    fn new() -> Box<Self> {
-        Box::new(Self {
+    fn new() -> Self {
+        Self {
             p: [F::default(); BLOCK],
             g: [F::default(); BLOCK],
             state: [[F::default(); BLOCK]; MAX_STATE],
-        })
+        }
     }
 }
 
@@ -299,7 +329,7 @@ pub unsafe fn visit<F: Number>(
     let mut copies = if lends {
         None
     } else {
-        Some(scratch.get_or_insert_with(Scratch::new))
+        Some(scratch.get_or_insert_with(|| Box::new(Scratch::new())))
     };
     for start in (0..n).step_by(piece) {
         let range = start..n.min(start + piece);
@@ -427,7 +457,7 @@ unsafe fn read<F: Element>(level: Level, arena: &Arena, row: Row, start: usize, 
         .chunks(codec::BLOCK)
         .zip(into.chunks_mut(codec::BLOCK));
     for ((codes, into), &mut scale) in pieces.zip(scales) {
-        read_8(row.codec, codes, scale, into);
+        read_8(level, row.codec, codes, scale, into);
     }
 }
 
@@ -446,24 +476,20 @@ unsafe fn keep<F: Element>(
 ) {
     let n = from.len();
     let mut numbers = [0_u64; BLOCK];
-    if let (Rounding::Stochastic { .. }, Some(logical)) = (rounding, &leaf.logical) {
-        let mut number = numbers.iter_mut();
-        logical.visit(start..start + n, |offset| {
-            *number.next().expect("a number per element") = offset.cast_unsigned() as u64;
-        });
-    }
-    let walked = leaf.logical.is_none();
-    let index = |i: usize| {
-        if walked {
-            (start + i) as u64
-        } else {
-            numbers[i]
+    let numbers = match &leaf.logical {
+        None => Numbers::From(start as u64),
+        Some(logical) => {
+            let mut number = numbers.iter_mut();
+            logical.visit(start..start + n, |offset| {
+                *number.next().expect("a number per element") = offset.cast_unsigned() as u64;
+            });
+            Numbers::These(&numbers[..n])
         }
     };
     if row.codec == Codec::BFloat16 {
         // SAFETY: as the caller vouches.
         let codes = unsafe { arena.lend(row.codes, start, n) };
-        keep_bf16(level, rounding, from, index, codes);
+        keep_bf16(level, rounding, from, numbers, codes);
         return;
     }
     let (first, blocks) = (start / codec::BLOCK, n.div_ceil(codec::BLOCK));
@@ -478,8 +504,8 @@ unsafe fn keep<F: Element>(
         .chunks_mut(codec::BLOCK)
         .zip(from.chunks(codec::BLOCK));
     for (block, ((codes, from), scale)) in pieces.zip(scales).enumerate() {
-        let index = |i: usize| index(block * codec::BLOCK + i);
-        *scale = keep_8(row.codec, rounding, from, index, codes);
+        let numbers = numbers.after(block * codec::BLOCK);
+        *scale = keep_8(level, row.codec, rounding, from, numbers, codes);
     }
 }
 

@@ -153,7 +153,7 @@ impl All<'_> {
                 }),
                 several: true,
             };
-            let step = self.step_of::<F>(group, leaf, &[], 0, &[]);
+            let step = Self::step_of::<F>(group, leaf, &[], 0, &[]);
             let (slow, begun) = (group.rows.slow(), group.rows.gradient);
             let (slow, begun) = (slow.expect("a cycle"), begun.expect("a row for it"));
             let mut total = Total::default();
@@ -272,7 +272,7 @@ impl All<'_> {
             };
             let mut carry = leaf.carry;
             let scalars = (kernel.scalars)(&group.hyper, 1.0, &mut carry, [0.0; SUMS]);
-            let step = self.step_of::<F>(group, leaf, &scalars, 0, &[]);
+            let step = Self::step_of::<F>(group, leaf, &scalars, 0, &[]);
             let each = |_, p: &mut [F], _: Option<&[F]>, kept: &mut Kept<F>| match (slow, evaluate)
             {
                 (Some(slow), _) if !narrow => p.swap_with_slice(kept.row(slow)),
@@ -324,7 +324,7 @@ impl All<'_> {
                 }),
                 several: false,
             };
-            let step = self.step_of::<F>(group, leaf, &scalars.values, 0, &[]);
+            let step = Self::step_of::<F>(group, leaf, &scalars.values, 0, &[]);
             let mut total = Total::default();
             let each = |range: Range<usize>, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>| {
                 step.load(p, kept);
@@ -372,7 +372,7 @@ impl All<'_> {
                 // SAFETY: as the caller vouches.
                 means = unsafe { self.means(group, leaf, &prepare, &mut scratch) };
             }
-            let step = self.step_of(group, leaf, &scalars.values, starting, syncs);
+            let step = Self::step_of(group, leaf, &scalars.values, starting, syncs);
             let needs = Needs {
                 p: Use::Write,
                 rows: if moved || syncs.iter().any(Sync::moves_state) {
@@ -418,7 +418,7 @@ impl All<'_> {
                 continue;
             }
             let syncs = &syncs[leaf.group];
-            let step = self.step_of(group, leaf, &[], 0, syncs);
+            let step = Self::step_of(group, leaf, &[], 0, syncs);
             let rows = if syncs.iter().any(Sync::moves_state) {
                 Use::Write
             } else {
@@ -454,7 +454,8 @@ impl All<'_> {
         // SAFETY: as the caller vouches.
         let (norm, bad) = unsafe { self.norm(grads) };
         let clip = match self.options.max_norm {
-            Some(most) if !(norm <= most) => most / norm,
+            // Also where the norm is a NaN, so that it propagates.
+            Some(most) if norm > most || norm.is_nan() => most / norm,
             _ => 1.0,
         };
         (clip, Some(norm), bad)
@@ -530,7 +531,6 @@ impl All<'_> {
     }
 
     fn step_of<'a, F: Number>(
-        &self,
         group: &'a Group,
         leaf: &Leaf,
         scalars: &'a [F],
