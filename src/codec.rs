@@ -130,12 +130,17 @@ pub fn keep_bf16<F: Element>(
         }
         Rounding::Stochastic { key } => at!(
             level,
-            by_tile(from, into, |i, from, into| {
-                let random = numbers.random(key, i);
-                for lane in 0..LANES {
-                    into[lane] = either_bf16(from[lane].single(), random[lane]);
+            by_tile(
+                from,
+                into,
+                #[inline(always)]
+                |i, from, into| {
+                    let random = numbers.random(key, i);
+                    for lane in 0..LANES {
+                        into[lane] = either_bf16(from[lane].single(), random[lane]);
+                    }
                 }
-            })
+            )
         ),
     }
 }
@@ -225,26 +230,36 @@ fn keep_block<F: Element, const SIGNED: bool>(
     into: &mut [u8],
 ) -> f32 {
     let mut largest = [0.0_f32; LANES];
-    by_tile(from, &mut [0_u8; BLOCK][..from.len()], |_, from, _| {
-        for lane in 0..LANES {
-            let x = from[lane].single().abs();
-            largest[lane] = if x > largest[lane] && x < f32::INFINITY {
-                x
-            } else {
-                largest[lane]
-            };
-        }
-    });
+    by_tile(
+        from,
+        &mut [0_u8; BLOCK][..from.len()],
+        #[inline(always)]
+        |_, from, _| {
+            for lane in 0..LANES {
+                let x = from[lane].single().abs();
+                largest[lane] = if x > largest[lane] && x < f32::INFINITY {
+                    x
+                } else {
+                    largest[lane]
+                };
+            }
+        },
+    );
     let scale = largest.into_iter().fold(0.0, f32::max);
-    by_tile(from, into, |i, from, into| {
-        let chances = match rounding {
-            Rounding::Nearest => [0.5; LANES],
-            Rounding::Stochastic { key } => numbers.random(key, i).map(uniform),
-        };
-        for lane in 0..LANES {
-            into[lane] = code::<SIGNED>(from[lane].single(), scale, chances[lane]);
-        }
-    });
+    by_tile(
+        from,
+        into,
+        #[inline(always)]
+        |i, from, into| {
+            let chances = match rounding {
+                Rounding::Nearest => [0.5; LANES],
+                Rounding::Stochastic { key } => numbers.random(key, i).map(uniform),
+            };
+            for lane in 0..LANES {
+                into[lane] = code::<SIGNED>(from[lane].single(), scale, chances[lane]);
+            }
+        },
+    );
     scale
 }
 
@@ -254,6 +269,7 @@ fn keep_block<F: Element, const SIGNED: bool>(
 #[allow(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
     reason = "at most 255"
 )]
 fn code<const SIGNED: bool>(x: f32, scale: f32, chance: f32) -> u8 {

@@ -121,20 +121,20 @@ macro_rules! rule {
         #[doc = concat!("The update of `", stringify!($name), "`.")]
         pub struct $name;
 
-        crate::rule::rule!(@source $name, $h, ($($s),* $($(, $w)*)?), ($($($w),*)?), [$($c)?], $t, $k,
+        crate::rule::rule!(@source $name, $h, ($($s,)* $($($w,)*)?), ($($($w),*)?), [$($c)?], $t, $k,
             [$($scope $sums)?], $body, [$($ep)?]);
-        crate::rule::rule!(@update f32, $name, $h, $k, ($($s),* $($(, $w)*)?), $p, $g, $body);
-        crate::rule::rule!(@update f64, $name, $h, $k, ($($s),* $($(, $w)*)?), $p, $g, $body);
-        crate::rule::rule!(@measure f32, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($sums $mp $mg $measure)?]);
-        crate::rule::rule!(@measure f64, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($sums $mp $mg $measure)?]);
-        crate::rule::rule!(@evaluate f32, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($ep $evaluate)?]);
-        crate::rule::rule!(@evaluate f64, $name, $h, $k, ($($s),* $($(, $w)*)?), [$($ep $evaluate)?]);
+        crate::rule::rule!(@update f32, $name, $h, $k, ($($s,)* $($($w,)*)?), $p, $g, $body);
+        crate::rule::rule!(@update f64, $name, $h, $k, ($($s,)* $($($w,)*)?), $p, $g, $body);
+        crate::rule::rule!(@measure f32, $name, $h, $k, ($($s,)* $($($w,)*)?), [$($sums $mp $mg $measure)?]);
+        crate::rule::rule!(@measure f64, $name, $h, $k, ($($s,)* $($($w,)*)?), [$($sums $mp $mg $measure)?]);
+        crate::rule::rule!(@evaluate f32, $name, $h, $k, ($($s,)* $($($w,)*)?), [$($ep $evaluate)?]);
+        crate::rule::rule!(@evaluate f64, $name, $h, $k, ($($s,)* $($($w,)*)?), [$($ep $evaluate)?]);
     };
     (@scope) => { crate::rule::Scope::None };
     (@scope Leaf) => { crate::rule::Scope::Leaf };
     (@scope All) => { crate::rule::Scope::All };
     (
-        @source $name:ident, ($($h:ident),*), ($($s:ident),*), ($($w:ident),*), [$(($($c:ident),*))?],
+        @source $name:ident, ($($h:ident),*), ($($s:ident),* $(,)?), ($($w:ident),*), [$(($($c:ident),*))?],
         $t:ident, ($($k:ident = $e:expr),* $(,)?), [$($scope:ident ($a:ident, $b:ident))?], $body:block, [$($ep:ident)?]
     ) => {
         impl crate::rule::Source for $name {
@@ -165,7 +165,7 @@ macro_rules! rule {
         }
     };
     (
-        @update $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*),
+        @update $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),* $(,)?),
         $p:ident, $g:ident, $body:block
     ) => {
         impl crate::rule::Update<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
@@ -219,7 +219,7 @@ macro_rules! rule {
         }
     };
     (
-        @measure $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*), []
+        @measure $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),* $(,)?), []
     ) => {
         impl crate::rule::Measure<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
             fn tile(
@@ -234,7 +234,7 @@ macro_rules! rule {
         }
     };
     (
-        @measure $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*),
+        @measure $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),* $(,)?),
         [($a:ident, $b:ident) $p:ident $g:ident $measure:block]
     ) => {
         impl crate::rule::Measure<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
@@ -288,7 +288,7 @@ macro_rules! rule {
         }
     };
     (
-        @evaluate $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),*),
+        @evaluate $f:ident, $name:ident, ($($h:ident),*), ($($k:ident = $e:expr),* $(,)?), ($($s:ident),* $(,)?),
         [$($p:ident $evaluate:expr)?]
     ) => {
         impl crate::rule::Evaluate<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {

@@ -42,4 +42,11 @@ rules! {
     adam: Adam, AdamAmsgrad;
     adamw: AdamW, AdamWAmsgrad;
     radam: RAdam;
+    nadam: NAdam;
+    adamax: Adamax;
+    adagrad: Adagrad;
+    adadelta: Adadelta;
+    rmsprop: RMSprop, RMSpropMomentum, RMSpropCentered, RMSpropCenteredMomentum;
+    rprop: Rprop;
+    asgd: Asgd;
 }

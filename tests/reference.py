@@ -42,7 +42,9 @@ def adam_direction(g, state, t, betas, eps, amsgrad):
     return ratio(m / complement(b1, t), np.sqrt(v / complement(b2, t)) + eps)
 
 
-def adam(p, g, state, t, *, lr, betas, eps, weight_decay, amsgrad):
+def adam(p, g, state, t, *, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay):
+    if decoupled_weight_decay:
+        return adamw(p, g, state, t, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
     return p - lr * adam_direction(g + weight_decay * p, state, t, betas, eps, amsgrad)
 
 
@@ -50,9 +52,15 @@ def adamw(p, g, state, t, *, lr, betas, eps, weight_decay, amsgrad):
     return p - lr * weight_decay * p - lr * adam_direction(g, state, t, betas, eps, amsgrad)
 
 
-def radam(p, g, state, t, *, lr, betas, eps, weight_decay):
+def decayed(p, g, lr, weight_decay, decoupled):
+    """The weights and the gradient after weight decay."""
+    return (p - lr * weight_decay * p, g) if decoupled else (p, g + weight_decay * p)
+
+
+def radam(p, g, state, t, *, lr, betas, eps, weight_decay, decoupled_weight_decay):
     b1, b2 = betas
-    m, v = moments(g + weight_decay * p, state, b1, b2)
+    p, g = decayed(p, g, lr, weight_decay, decoupled_weight_decay)
+    m, v = moments(g, state, b1, b2)
     m_hat = m / complement(b1, t)
     power = Fraction(b2) ** t
     rho_inf = 2 / (1 - Fraction(b2)) - 1
@@ -61,6 +69,77 @@ def radam(p, g, state, t, *, lr, betas, eps, weight_decay):
         return p - lr * m_hat
     r = np.sqrt(float((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)))
     return p - lr * r * ratio(m_hat * np.sqrt(complement(b2, t)), np.sqrt(v) + eps)
+
+
+def nadam(p, g, state, t, *, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay):
+    b1, b2 = betas
+    p, g = decayed(p, g, lr, weight_decay, decoupled_weight_decay)
+    m, v = moments(g, state, b1, b2)
+    mu, mu_next = (b1 * (1 - 0.96 ** (i * momentum_decay) / 2) for i in (t, t + 1))
+    product = state["mu_product"] = state.get("mu_product", 1.0) * mu
+    m_bar = (1 - mu) * g / (1 - product) + mu_next * m / (1 - product * mu_next)
+    return p - lr * ratio(m_bar, np.sqrt(v / complement(b2, t)) + eps)
+
+
+def adamax(p, g, state, t, *, lr, betas, eps, weight_decay):
+    b1, b2 = betas
+    g = g + weight_decay * p
+    state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
+    state["u"] = np.maximum(b2 * state.get("u", 0.0), np.abs(g) + eps)
+    return p - lr * ratio(state["m"] / complement(b1, t), state["u"])
+
+
+def adagrad(p, g, state, t, *, lr, lr_decay, weight_decay, initial_accumulator_value, eps):
+    g = g + weight_decay * p
+    state["v"] = state.get("v", initial_accumulator_value) + g**2
+    return p - lr / (1 + (t - 1) * lr_decay) * ratio(g, np.sqrt(state["v"]) + eps)
+
+
+def adadelta(p, g, state, t, *, lr, rho, eps, weight_decay):
+    g = g + weight_decay * p
+    state["v"] = rho * state.get("v", 0.0) + (1 - rho) * g**2
+    u = state.get("u", np.zeros_like(g))
+    x = ratio(np.sqrt(u + eps), np.sqrt(state["v"] + eps)) * g
+    state["u"] = rho * u + (1 - rho) * x**2
+    return p - lr * x
+
+
+def rmsprop(p, g, state, t, *, lr, alpha, eps, weight_decay, momentum, centered):
+    """The variance is summed as such, from deviations: no difference of large numbers is taken.
+
+    With weights w that sum to s, the sum of w g^2 less the square of the sum of w g = m is that of w (g - m / s)^2, and
+    (1 / s - 1) m^2.
+    """
+    g = g + weight_decay * p
+    state["v"] = alpha * state.get("v", 0.0) + (1 - alpha) * g**2
+    square = state["v"]
+    if centered:
+        past = state.setdefault("gradients", [])
+        past.append(g)
+        w = np.reshape([(1 - alpha) * alpha**i for i in reversed(range(t))], (-1, *(1,) * np.ndim(g)))
+        state["m"] = (w * past).sum(axis=0)
+        s = complement(alpha, t)
+        square = (w * (past - state["m"] / s) ** 2).sum(axis=0) + (1 - s) / s * state["m"] ** 2
+    state["b"] = momentum * state.get("b", 0.0) + ratio(g, np.sqrt(square) + eps)
+    return p - lr * state["b"]
+
+
+def rprop(p, g, state, t, *, lr, etas, step_sizes):
+    minus, plus = etas
+    last, size = state.get("last", np.zeros_like(g)), state.get("size", np.full_like(g, lr))
+    change = np.sign(g) * np.sign(last)
+    state["size"] = np.clip(size * np.select([change > 0, change < 0], [plus, minus], 1.0), *step_sizes)
+    state["last"] = np.where(change < 0, 0.0, g)
+    return p - state["size"] * np.sign(state["last"])
+
+
+def asgd(p, g, state, t, *, lr, lambd, alpha, t0, weight_decay):
+    """The average is that of the weights after step t0 + 1, which ends the steps before averaging."""
+    eta = lr / (1 + lambd * lr * (t - 1)) ** alpha
+    p = p - eta * (lambd * p + g + weight_decay * p)
+    n = t - 1 - t0
+    state["average"] = p if n <= 1 else state["average"] + (p - state["average"]) / n
+    return p
 
 
 def lookahead(rule, p, gradient, steps, *, sync_period=None, slow_step=1.0):

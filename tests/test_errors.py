@@ -23,8 +23,8 @@ def refuses(error, *texts):
 
 
 NAN, INF = float("nan"), float("inf")
-ADAMS = [ls.Adam, ls.AdamW, ls.RAdam]
-RULES = [ls.SGD, *ADAMS]
+ADAMS = [ls.Adam, ls.AdamW, ls.RAdam, ls.NAdam, ls.Adamax]
+RULES = [ls.SGD, *ADAMS, ls.Adagrad, ls.Adadelta, ls.RMSprop, ls.Rprop, ls.ASGD]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -80,7 +80,10 @@ def test_betas_of_zero_and_from_a_list_are_fine():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("value", [-1, NAN, INF])
-@pytest.mark.parametrize("name", ["eps", "weight_decay", "dampening"])
+@pytest.mark.parametrize(
+    "name",
+    ["eps", "weight_decay", "dampening", "momentum_decay", "lr_decay", "initial_accumulator_value", "lambd", "t0"],
+)
 def test_what_must_not_be_negative(rule, name, value):
     if name in rule.__dataclass_fields__:
         with refuses(ValueError, f"{name} must be finite and >= 0, got {value}"):
@@ -93,6 +96,31 @@ def test_momentum_out_of_range(momentum):
         ls.SGD(momentum=momentum)
 
 
+@pytest.mark.parametrize(("rule", "name"), [(ls.Adadelta, "rho"), (ls.RMSprop, "alpha"), (ls.ASGD, "alpha")])
+@pytest.mark.parametrize("value", [-0.5, NAN, 1.5])
+def test_what_must_not_be_over_one(rule, name, value):
+    with refuses(ValueError, f"{name} must be in [0, 1], got {value}"):
+        rule(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("hyper", "error", "text"),
+    [
+        ({"etas": (1.2, 0.5)}, ValueError, "etas must be a number in (0, 1) and one over 1, got (1.2, 0.5)"),
+        ({"etas": (0, 1.2)}, ValueError, "etas must be a number in (0, 1) and one over 1"),
+        ({"etas": (0.5, 1)}, ValueError, "etas must be a number in (0, 1) and one over 1"),
+        ({"etas": (0.5, INF)}, ValueError, "etas[1] must be finite and >= 0, got inf"),
+        ({"etas": 0.5}, TypeError, "etas must be 2 real numbers"),
+        ({"step_sizes": (50, 1e-6)}, ValueError, "step_sizes must be the smallest and the largest, got (50, 1e-06)"),
+        ({"step_sizes": (-1, 1)}, ValueError, "step_sizes[0] must be finite and >= 0, got -1"),
+        ({"step_sizes": (1, 2, 3)}, ValueError, "step_sizes must have 2 values, got 3"),
+    ],
+)
+def test_pairs_of_rprop(hyper, error, text):
+    with refuses(error, text):
+        ls.Rprop(**hyper)
+
+
 @pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "dampening": 0.1}])
 def test_nesterov_without_what_it_needs(hyper):
     with refuses(ValueError, "nesterov needs momentum > 0 and dampening == 0"):
@@ -102,14 +130,16 @@ def test_nesterov_without_what_it_needs(hyper):
 def test_a_flag_is_true_or_false():
     with refuses(TypeError, "amsgrad must be True or False, got int 1"):
         ls.Adam(amsgrad=1)
+    with refuses(TypeError, "maximize must be True or False, got NoneType None"):
+        ls.Rprop(maximize=None)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_an_unknown_keyword(rule):
     with refuses(TypeError, f"{rule.__name__} got an unexpected keyword 'learning_rte'", "lr"):
         rule(learning_rte=0.1)
-    with refuses(TypeError, "'weight_deca' (did you mean 'weight_decay'?)"):
-        rule(weight_deca=0.1)
+    with refuses(TypeError, "'maximise' (did you mean 'maximize'?)"):
+        rule(maximise=True)
     with refuses(TypeError, "'period' (did you mean 'sync_period'?)"):
         ls.Lookahead(rule(), period=5)
 

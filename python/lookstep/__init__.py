@@ -9,18 +9,25 @@ from . import schedules
 from ._core import __version__
 from .lookahead import HeavyBall, Lookahead, Nesterov, OptimalSlowStep
 from .optimizer import Optimizer
-from .rules import SGD, Adam, AdamW, RAdam
+from .rules import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 
 __all__ = [
+    "ASGD",
     "SGD",
+    "Adadelta",
+    "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "HeavyBall",
     "Lookahead",
+    "NAdam",
     "Nesterov",
     "OptimalSlowStep",
     "Optimizer",
     "RAdam",
+    "RMSprop",
+    "Rprop",
     "__version__",
     "schedules",
 ]

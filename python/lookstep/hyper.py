@@ -65,14 +65,34 @@ def up_to_one(name: str, value: Any) -> float:
     return number
 
 
-def pair_below_one(name: str, value: Any) -> tuple[float, ...]:
-    """Two numbers in [0, 1)."""
+def _pair(check: Callable[[str, Any], float], name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) == 0:
         raise TypeError(f"{name} must be 2 real numbers, got {type(value).__name__} {value!r}")
     values = tuple(value)
     if len(values) != 2:
         raise ValueError(f"{name} must have 2 values, got {len(values)}")
-    return tuple(below_one(f"{name}[{i}]", value) for i, value in enumerate(values))
+    return check(f"{name}[0]", values[0]), check(f"{name}[1]", values[1])
+
+
+def pair_below_one(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers in [0, 1)."""
+    return _pair(below_one, name, value)
+
+
+def pair_around_one(name: str, value: Any) -> tuple[float, float]:
+    """A number in (0, 1) and one over 1."""
+    low, high = _pair(at_least_zero, name, value)
+    if not 0 < low < 1 < high:
+        raise ValueError(f"{name} must be a number in (0, 1) and one over 1, got {value!r}")
+    return low, high
+
+
+def pair_in_order(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers >= 0, the smaller one first."""
+    low, high = _pair(at_least_zero, name, value)
+    if low > high:
+        raise ValueError(f"{name} must be the smallest and the largest, got {value!r}")
+    return low, high
 
 
 def positive_integer(name: str, value: Any) -> int:
@@ -150,6 +170,18 @@ CHECKS: dict[str, Check] = {
     "dampening": at_least_zero,
     "nesterov": flag,
     "amsgrad": flag,
+    "decoupled_weight_decay": flag,
+    "momentum_decay": at_least_zero,
+    "lr_decay": at_least_zero,
+    "initial_accumulator_value": at_least_zero,
+    "rho": up_to_one,
+    "alpha": up_to_one,
+    "centered": flag,
+    "etas": pair_around_one,
+    "step_sizes": pair_in_order,
+    "lambd": at_least_zero,
+    "t0": at_least_zero,
+    "maximize": flag,
     "sync_period": positive_integer,
     "slow_step": up_to_one,
 }
@@ -192,8 +224,10 @@ class Rule(Checked):
         lr: learning rate, >= 0.
         betas: decay rates of the averages of the gradient and of its square, each in [0, 1).
         eps: added to the denominator, >= 0. Where the denominator is zero all the same, the update is zero.
-        weight_decay: >= 0. Decoupled from the gradient in `AdamW` alone: elsewhere it is an L2 penalty.
+        weight_decay: >= 0. An L2 penalty that is added to the gradient, but decoupled from it in `AdamW`.
+        decoupled_weight_decay: shrink the parameter by `lr * weight_decay` instead, as `AdamW` does.
         momentum: decay rate of the momentum buffer, in [0, 1).
+        maximize: climb: take the negative gradient in place of the gradient.
 
     Raises:
         TypeError: if a hyper-parameter is of another type, or unknown.

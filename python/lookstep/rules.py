@@ -62,6 +62,7 @@ class SGD(InnerRule):
         dampening: how much less than whole a gradient enters the momentum after the first step, >= 0.
         weight_decay: see `Rule`.
         nesterov: look ahead along the momentum; needs momentum > 0 and dampening == 0.
+        maximize: see `Rule`.
 
     Raises:
         TypeError, ValueError: see `Rule`.
@@ -69,7 +70,7 @@ class SGD(InnerRule):
     Example:
         >>> import lookstep as ls
         >>> ls.SGD(lr=0.1, momentum=0.9)
-        SGD(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False)
+        SGD(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
 
     References:
         Sutskever, Martens, Dahl & Hinton, "On the importance of initialization and momentum in deep learning", 2013,
@@ -116,6 +117,8 @@ class Adam(InnerRule):
         eps: see `Rule`.
         weight_decay: see `Rule`.
         amsgrad: divide by the largest second moment so far.
+        decoupled_weight_decay: see `Rule`; the rule is then `AdamW`.
+        maximize: see `Rule`.
 
     Raises:
         TypeError, ValueError: see `Rule`.
@@ -135,17 +138,18 @@ class Adam(InnerRule):
     eps: float = 1e-8
     weight_decay: Scheduled = 0.0
     amsgrad: bool = False
+    decoupled_weight_decay: bool = False
     maximize: bool = False
 
-    _kernels = ("Adam", "AdamAmsgrad")
+    _kernels = ("Adam", "AdamAmsgrad", "AdamW", "AdamWAmsgrad")
 
     @property
     def _kernel(self) -> str:
-        return self._kernels[self.amsgrad]
+        return self._kernels[2 * self.decoupled_weight_decay + self.amsgrad]
 
 
 @dataclass(frozen=True)
-class AdamW(Adam):
+class AdamW(InnerRule):
     r"""Adam with weight decay that is decoupled from the gradient.
 
     $$m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2$$
@@ -163,6 +167,7 @@ class AdamW(Adam):
         eps: see `Rule`.
         weight_decay: see `Rule`.
         amsgrad: divide by the largest second moment so far.
+        maximize: see `Rule`.
 
     Raises:
         TypeError, ValueError: see `Rule`.
@@ -177,9 +182,17 @@ class AdamW(Adam):
     """
 
     _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: Scheduled = 1e-2
+    amsgrad: bool = False
+    maximize: bool = False
 
     _kernels = ("AdamW", "AdamWAmsgrad")
+
+    @property
+    def _kernel(self) -> str:
+        return self._kernels[self.amsgrad]
 
 
 @dataclass(frozen=True)
@@ -205,14 +218,16 @@ class RAdam(InnerRule):
         betas: see `Rule`.
         eps: see `Rule`.
         weight_decay: see `Rule`.
+        decoupled_weight_decay: see `Rule`.
+        maximize: see `Rule`.
 
     Raises:
         TypeError, ValueError: see `Rule`.
 
     Example:
         >>> import lookstep as ls
-        >>> ls.RAdam(lr=3e-3)
-        RAdam(lr=0.003, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0)
+        >>> ls.RAdam(lr=3e-3).betas
+        (0.9, 0.999)
 
     References:
         Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", 2020, https://arxiv.org/abs/1908.03265
@@ -222,6 +237,326 @@ class RAdam(InnerRule):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: Scheduled = 0.0
+    decoupled_weight_decay: bool = False
     maximize: bool = False
 
     _kernels = ("RAdam",)
+
+
+@dataclass(frozen=True)
+class NAdam(InnerRule):
+    r"""NAdam: Adam with Nesterov's momentum, which warms up.
+
+    With $d$, $m$ and $v$ as in `Adam`, $\mu_t = \beta_1 (1 - \tfrac12 0.96^{t \psi})$ and
+    $\bar\mu_t = \mu_1 \cdots \mu_t$:
+
+    $$p \leftarrow p - \eta \left(\frac{(1 - \mu_t) d}{1 - \bar\mu_t} + \frac{\mu_{t+1} m}{1 - \bar\mu_{t+1}}\right)
+    \bigg/ \left(\sqrt{v / (1 - \beta_2^t)} + \epsilon\right)$$
+
+    $\bar\mu$ is kept in float64, where torch keeps it in its default dtype, as a rule float32.
+
+    State: `m`, `v`.
+
+    Args:
+        lr: see `Rule`.
+        betas: see `Rule`; the first is what $\mu_t$ warms up to.
+        eps: see `Rule`.
+        weight_decay: see `Rule`.
+        momentum_decay: $\psi$, how fast the momentum warms up, >= 0.
+        decoupled_weight_decay: see `Rule`.
+        maximize: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.NAdam().momentum_decay
+        0.004
+
+    References:
+        Dozat, "Incorporating Nesterov Momentum into Adam", 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
+    """
+
+    lr: Scheduled = 2e-3
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: Scheduled = 0.0
+    momentum_decay: float = 4e-3
+    decoupled_weight_decay: bool = False
+    maximize: bool = False
+
+    _kernels = ("NAdam",)
+
+
+@dataclass(frozen=True)
+class Adamax(InnerRule):
+    r"""Adamax: Adam with the infinity norm in place of the second moment's root.
+
+    $$d = g + \lambda p, \qquad m \leftarrow \beta_1 m + (1 - \beta_1) d, \qquad
+    u \leftarrow \max(\beta_2 u, |d| + \epsilon)$$
+
+    $$p \leftarrow p - \frac{\eta}{1 - \beta_1^t} \frac{m}{u}$$
+
+    The $\epsilon$ is torch's; the paper has none.
+
+    State: `m`, `u`.
+
+    Args:
+        lr: see `Rule`.
+        betas: see `Rule`; the second is the decay rate of the norm.
+        eps: added to the gradient's size, >= 0. Where the norm is zero all the same, the update is zero.
+        weight_decay: see `Rule`.
+        maximize: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.Adamax()
+        Adamax(lr=0.002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0, maximize=False)
+
+    References:
+        Kingma & Ba, "Adam: A Method for Stochastic Optimization", 2015, Section 7.1, https://arxiv.org/abs/1412.6980
+    """
+
+    lr: Scheduled = 2e-3
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: Scheduled = 0.0
+    maximize: bool = False
+
+    _kernels = ("Adamax",)
+
+
+@dataclass(frozen=True)
+class Adagrad(InnerRule):
+    r"""Adagrad: steps scaled by the root of the sum of all squared gradients.
+
+    $$d = g + \lambda p, \qquad v \leftarrow v + d^2, \qquad
+    p \leftarrow p - \frac{\eta}{1 + (t - 1) \gamma} \frac{d}{\sqrt{v} + \epsilon}$$
+
+    State: `v`, which a parameter's first step starts from `initial_accumulator_value`; torch does so when it is built.
+
+    Args:
+        lr: see `Rule`.
+        lr_decay: $\gamma$, how fast the learning rate falls, >= 0.
+        weight_decay: see `Rule`.
+        initial_accumulator_value: what the sum starts from, >= 0.
+        eps: see `Rule`.
+        maximize: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.Adagrad(lr_decay=1e-3).eps
+        1e-10
+
+    References:
+        Duchi, Hazan & Singer, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", 2011,
+        https://jmlr.org/papers/v12/duchi11a.html
+    """
+
+    lr: Scheduled = 1e-2
+    _: KW_ONLY
+    lr_decay: float = 0.0
+    weight_decay: Scheduled = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+    maximize: bool = False
+
+    _kernels = ("Adagrad",)
+
+
+@dataclass(frozen=True)
+class Adadelta(InnerRule):
+    r"""Adadelta: steps in the parameter's own units, scaled by the steps before.
+
+    $$d = g + \lambda p, \qquad v \leftarrow \rho v + (1 - \rho) d^2, \qquad
+    x = \frac{\sqrt{u + \epsilon}}{\sqrt{v + \epsilon}} d$$
+
+    $$u \leftarrow \rho u + (1 - \rho) x^2, \qquad p \leftarrow p - \eta x$$
+
+    The $\eta$ is torch's; the paper has none, which is 1.
+
+    State: `v`, `u`.
+
+    Args:
+        lr: see `Rule`.
+        rho: decay rate of the averages of squares, in [0, 1].
+        eps: added to both averages, >= 0. Where the denominator is zero all the same, the update is zero. With 0,
+            nothing ever moves.
+        weight_decay: see `Rule`.
+        maximize: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.Adadelta()
+        Adadelta(lr=1.0, rho=0.9, eps=1e-06, weight_decay=0.0, maximize=False)
+
+    References:
+        Zeiler, "ADADELTA: An Adaptive Learning Rate Method", 2012, https://arxiv.org/abs/1212.5701
+    """
+
+    lr: Scheduled = 1.0
+    _: KW_ONLY
+    rho: float = 0.9
+    eps: float = 1e-6
+    weight_decay: Scheduled = 0.0
+    maximize: bool = False
+
+    _kernels = ("Adadelta",)
+
+
+@dataclass(frozen=True)
+class RMSprop(InnerRule):
+    r"""RMSprop: gradients divided by the root of their running mean square, then momentum.
+
+    $$d = g + \lambda p, \qquad v \leftarrow \alpha v + (1 - \alpha) d^2, \qquad
+    b \leftarrow \mu b + \frac{d}{\sqrt{v} + \epsilon}, \qquad p \leftarrow p - \eta b$$
+
+    Centered, $m \leftarrow \alpha m + (1 - \alpha) d$, and $v - m^2$ stands in place of $v$ under the root. Where
+    rounding makes that negative it counts as zero; in torch the parameter becomes NaN.
+
+    State: `v`; `m`, `v` where centered; and `b` where momentum > 0.
+
+    Args:
+        lr: see `Rule`.
+        alpha: decay rate of the averages of the gradient and of its square, in [0, 1].
+        eps: see `Rule`.
+        weight_decay: see `Rule`.
+        momentum: see `Rule`.
+        centered: divide by the standard deviation rather than by the root of the mean square.
+        maximize: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.RMSprop(momentum=0.9).alpha
+        0.99
+
+    References:
+        Tieleman & Hinton, "Lecture 6e - rmsprop", 2012,
+        https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf
+        Graves, "Generating Sequences With Recurrent Neural Networks", 2013, https://arxiv.org/abs/1308.0850
+    """
+
+    lr: Scheduled = 1e-2
+    _: KW_ONLY
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: Scheduled = 0.0
+    momentum: Scheduled = 0.0
+    centered: bool = False
+    maximize: bool = False
+
+    _kernels = ("RMSprop", "RMSpropMomentum", "RMSpropCentered", "RMSpropCenteredMomentum")
+
+    @property
+    def _kernel(self) -> str:
+        return self._kernels[2 * self.centered + bool(self.momentum)]
+
+
+@dataclass(frozen=True)
+class Rprop(InnerRule):
+    r"""Rprop: steps whose size follows from the gradient's changes of sign alone. For whole batches, not for noise.
+
+    Each parameter has a step size $u$, at first $\eta$, and a sign $s$. With $c = s \, \mathrm{sign}(g)$,
+
+    $$u \leftarrow \mathrm{clip}(u f, u_{min}, u_{max}), \qquad
+    f = \begin{cases} \eta_+ & c > 0 \\ \eta_- & c < 0 \\ 1 & c = 0 \end{cases}$$
+
+    $$s \leftarrow \begin{cases} 0 & c < 0 \\ \mathrm{sign}(g) & c \ge 0 \end{cases}, \qquad p \leftarrow p - u s$$
+
+    Where the sign has changed, a step is skipped, and the last one not taken back: torch's form, and iRprop-. torch
+    keeps the last gradient and multiplies it by the next; where that underflows it sees no sign, and here there is one.
+
+    State: `s`, `u`.
+
+    Args:
+        lr: the size of a parameter's first step, >= 0; without effect from then on.
+        etas: the factors $\eta_-$, in (0, 1), and $\eta_+$, over 1.
+        step_sizes: the smallest and the largest step, >= 0.
+        maximize: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.Rprop()
+        Rprop(lr=0.01, etas=(0.5, 1.2), step_sizes=(1e-06, 50.0), maximize=False)
+
+    References:
+        Riedmiller & Braun, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm", 1993,
+        https://doi.org/10.1109/ICNN.1993.298623
+        Igel & Hüsken, "Empirical evaluation of the improved Rprop learning algorithms", 2003,
+        https://doi.org/10.1016/S0925-2312(01)00700-7
+    """
+
+    lr: Scheduled = 1e-2
+    _: KW_ONLY
+    etas: tuple[float, float] = (0.5, 1.2)
+    step_sizes: tuple[float, float] = (1e-6, 50.0)
+    maximize: bool = False
+
+    _kernels = ("Rprop",)
+
+
+@dataclass(frozen=True)
+class ASGD(InnerRule):
+    r"""Averaged stochastic gradient descent: the weights to evaluate are an average of those that were trained.
+
+    $$\eta_t = \frac{\eta}{(1 + \lambda_0 \eta (t - 1))^\alpha}, \qquad
+    p \leftarrow (1 - \lambda_0 \eta_t) p - \eta_t (g + \lambda p)$$
+
+    $$\bar p \leftarrow \bar p + \mu_t (p - \bar p), \qquad \mu_t = \frac{1}{\max(1, t - 1 - t_0)}$$
+
+    $\eta_t$ is a function of the $\eta$ of its own step, where torch makes it at the end of the step before: a learning
+    rate that is set in between acts here at once, and there a step later.
+
+    State: `average`, which is $\bar p$.
+
+    Args:
+        lr: see `Rule`.
+        lambd: $\lambda_0$, a decay of weights that sets the fall of the learning rate, too, >= 0.
+        alpha: the power by which the learning rate falls, in [0, 1]; torch takes larger ones, whose steps have a finite
+            sum.
+        t0: the steps before averaging starts, >= 0.
+        weight_decay: see `Rule`.
+        maximize: see `Rule`.
+
+    Raises:
+        TypeError, ValueError: see `Rule`.
+
+    Example:
+        >>> import lookstep as ls
+        >>> ls.ASGD(t0=1000).alpha
+        0.75
+
+    References:
+        Polyak & Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992,
+        https://doi.org/10.1137/0330046
+        Xu, "Towards Optimal One Pass Large Scale Learning with Averaged Stochastic Gradient Descent", 2011,
+        https://arxiv.org/abs/1107.2490
+    """
+
+    lr: Scheduled = 1e-2
+    _: KW_ONLY
+    lambd: float = 1e-4
+    alpha: float = 0.75
+    t0: float = 1e6
+    weight_decay: Scheduled = 0.0
+    maximize: bool = False
+
+    _kernels = ("Asgd",)

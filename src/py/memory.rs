@@ -19,7 +19,7 @@ use crate::simd::Level;
 use crate::step::Rows;
 
 /// Elements that are copied at a time; they stay in the first-level cache.
-const BLOCK: usize = 512;
+const BLOCK: usize = 2048;
 /// Elements of arrays that are read or written several times; they stay in the second-level cache.
 const SEVERAL: usize = 4096;
 /// Rows begin at multiples of this many bytes.

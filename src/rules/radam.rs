@@ -6,20 +6,22 @@ use crate::rule::{complement, finite, rule, select, sqrt};
 
 rule!(
     RAdam,
-    hyper(lr, b1, b2, eps, weight_decay),
+    hyper(lr, b1, b2, eps, weight_decay, decoupled_weight_decay),
     state(m, v),
     |t| scalars(
         a1 = 1.0 - b1,
         a2 = 1.0 - b2,
+        coupled = weight_decay * (1.0 - decoupled_weight_decay),
+        keep = 1.0 - lr * weight_decay * decoupled_weight_decay,
         adaptive = if rho(b2, t) > 5.0 { 1.0 } else { 0.0 },
         size = lr * rectified(b2, t) / complement(b1, t),
     ),
     |p, g| {
-        let d = select(g + weight_decay * p, g, weight_decay == 0.0);
+        let d = select(g + coupled * p, g, coupled == 0.0);
         m = b1 * m + a1 * d;
         v = finite(b2 * v + a2 * (d * d));
         let z = select(1.0, sqrt(v) + eps, adaptive > 0.0);
-        p = p - select(size * m / z, 0.0, z == 0.0);
+        p = keep * p - select(size * m / z, 0.0, z == 0.0);
     },
 );
 
