@@ -1,5 +1,6 @@
 //! Sums over many elements, in float64 and in an order that depends on the elements alone.
 
+use crate::element::Element;
 use crate::kernel::CHUNK;
 use crate::rule::{LANES, SUMS};
 use crate::simd::{Level, at};
@@ -20,36 +21,13 @@ impl Default for Sums {
 }
 
 impl Sums {
-    /// Adds `of` each pair of elements. But for the last, runs have to be whole tiles, so that an element's lane does not
-    /// depend on how an array is cut.
-    pub fn add<F: Copy>(
-        &mut self,
-        level: Level,
-        a: &[F],
-        b: &[F],
-        of: impl Fn(F, F) -> [f64; SUMS],
-    ) {
-        let (tiles, end) = a.as_chunks::<LANES>();
-        let (others, other_end) = b.as_chunks::<LANES>();
-        let [first, second] = &mut self.lanes;
-        at!(
-            level,
-            for (a, b) in tiles.iter().zip(others) {
-                for lane in 0..LANES {
-                    let [x, y] = of(a[lane], b[lane]);
-                    first[lane] += x;
-                    second[lane] += y;
-                }
-            }
-        );
-        for (lane, (&a, &b)) in end.iter().zip(other_end).enumerate() {
-            let [x, y] = of(a, b);
-            first[lane] += x;
-            second[lane] += y;
-        }
+    /// Adds squares to the first sum, of numbers in some `unit`. But for the last, runs have to be whole tiles, so that an
+    /// element's lane does not depend on how an array is cut.
+    pub fn add_squares<F: Element>(&mut self, level: Level, x: &[F], unit: f64) {
+        at!(level, squares(&mut self.lanes[0], x, unit));
     }
 
-    /// Adds what `of` gives for each of `n` elements; as [`Self::add`], but for more arrays.
+    /// Adds what `of` gives for each of `n` elements; as [`Self::add_squares`].
     pub fn add_each(&mut self, n: usize, of: impl Fn(usize) -> [f64; SUMS]) {
         for i in 0..n {
             for (lanes, x) in self.lanes.iter_mut().zip(of(i)) {
@@ -71,6 +49,21 @@ impl Sums {
             }
             lanes[0]
         })
+    }
+}
+
+#[inline(always)]
+fn squares<F: Element>(lanes: &mut [f64; LANES], x: &[F], unit: f64) {
+    let (tiles, end) = x.as_chunks::<LANES>();
+    for tile in tiles {
+        for lane in 0..LANES {
+            let x = tile[lane].double() * unit;
+            lanes[lane] += x * x;
+        }
+    }
+    for (sum, x) in lanes.iter_mut().zip(end) {
+        let x = x.double() * unit;
+        *sum += x * x;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::mem::take;
 use std::ops::Range;
 
-use crate::element::{Dtype, Element, adopt};
+use crate::element::{Element, adopt};
 use crate::gradient::{Means, Prepare};
 use crate::kernel::{Kept, Kernel};
 use crate::leaf::Leaf;
@@ -54,64 +54,81 @@ impl All<'_> {
     /// # Safety
     /// As [`visit`], for all leaves and gradients.
     pub unsafe fn norm(&self, grads: Grads) -> (f64, Option<usize>) {
-        // Squares of float64 may overflow or vanish where the norm does not: then once more, in other units.
-        for unit in [1.0, 1e-160, 1e160] {
-            let mut bad = None;
-            let mut squares = 0.0;
-            for f in [Dtype::F32, Dtype::F64] {
-                // SAFETY: as the caller vouches.
-                let (more, found) = unsafe {
-                    match f {
-                        Dtype::F64 => self.squares::<f64>(grads, unit),
-                        _ => self.squares::<f32>(grads, unit),
-                    }
-                };
-                squares += more;
-                bad = match (bad, found) {
-                    (Some(a), Some(b)) => Some(usize::min(a, b)),
-                    (a, b) => a.or(b),
-                };
+        // SAFETY: as the caller vouches.
+        unsafe {
+            let squares = self.squares(grads, 1.0);
+            if (1e-290..f64::INFINITY).contains(&squares) {
+                return (squares.sqrt(), None);
             }
-            let in_range =
-                (1e-290..f64::INFINITY).contains(&squares) || squares == 0.0 && unit > 1.0;
-            if in_range || bad.is_some() {
-                return (squares.sqrt() / unit, bad);
-            }
+            // Squares of float64 may vanish or overflow where the norm does not: then once more, in other units.
+            let bad = self
+                .not_finite::<f32>(grads)
+                .into_iter()
+                .chain(self.not_finite::<f64>(grads))
+                .min();
+            let unit = if squares < 1.0 { 1e160 } else { 1e-160 };
+            (self.squares(grads, unit).sqrt() / unit, bad)
         }
-        (0.0, None)
     }
 
-    unsafe fn squares<F: Number>(&self, grads: Grads, unit: f64) -> (f64, Option<usize>) {
-        let (mut squares, mut bad, mut scratch) = (0.0, None, None);
-        for (index, leaf) in self.leaves_of::<F>(grads.has) {
-            let group = &self.groups[leaf.group];
-            let prepare = self.prepare(group, grads, 1.0);
-            let needs = Needs {
-                p: Use::Nothing,
-                rows: Use::Nothing,
-                g: Some(Prepared {
-                    prepare: &prepare,
-                    means: None,
-                }),
-                several: false,
-            };
+    unsafe fn squares(&self, grads: Grads, unit: f64) -> f64 {
+        // SAFETY: as the caller vouches.
+        unsafe { self.squares_of::<f32>(grads, unit) + self.squares_of::<f64>(grads, unit) }
+    }
+
+    unsafe fn squares_of<F: Number>(&self, grads: Grads, unit: f64) -> f64 {
+        let (mut squares, mut scratch) = (0.0, None);
+        for (_, leaf) in self.leaves_of::<F>(grads.has) {
             let mut total = Total::default();
-            let each = |range: Range<usize>, _: &mut [F], g: Option<&[F]>, _: &mut Kept<F>| {
-                let g = g.expect("asked for");
-                total.chunk.add(Level::best(), g, g, |x, _| {
-                    let size = x.double() * unit;
-                    [size * size, f64::from(u8::from(!x.is_number()))]
-                });
+            let each = |range: Range<usize>, g: &[F]| {
+                total.chunk.add_squares(Level::best(), g, unit);
                 total.close(range.end, leaf.len());
             };
             // SAFETY: as the caller vouches.
-            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
+            unsafe { self.gradient(leaf, grads, &mut scratch, each) };
             squares += total.sums[0];
-            if total.sums[1] > 0.0 && bad.is_none() {
-                bad = Some(index);
+        }
+        squares
+    }
+
+    unsafe fn not_finite<F: Number>(&self, grads: Grads) -> Option<usize> {
+        let mut scratch = None;
+        for (index, leaf) in self.leaves_of::<F>(grads.has) {
+            let mut bad = false;
+            let each = |_, g: &[F]| bad |= g.iter().any(|x| !x.is_number());
+            // SAFETY: as the caller vouches.
+            unsafe { self.gradient(leaf, grads, &mut scratch, each) };
+            if bad {
+                return Some(index);
             }
         }
-        (squares, bad)
+        None
+    }
+
+    /// Lends a leaf's gradient, before its norm is known.
+    unsafe fn gradient<F: Number>(
+        &self,
+        leaf: &Leaf,
+        grads: Grads,
+        scratch: &mut Option<Box<Scratch<F>>>,
+        mut each: impl FnMut(Range<usize>, &[F]),
+    ) {
+        let group = &self.groups[leaf.group];
+        let prepare = self.prepare(group, grads, 1.0);
+        let needs = Needs {
+            p: Use::Nothing,
+            rows: Use::Nothing,
+            g: Some(Prepared {
+                prepare: &prepare,
+                means: None,
+            }),
+            several: false,
+        };
+        let each = |range, _: &mut [F], g: Option<&[F]>, _: &mut Kept<F>| {
+            each(range, g.expect("asked for"));
+        };
+        // SAFETY: as the caller vouches.
+        unsafe { visit(self.arena, group, leaf, needs, scratch, each) };
     }
 
     /// The slow step that the gradients at both ends of a cycle say is best: along a line on which the loss is a
