@@ -171,7 +171,7 @@ macro_rules! rule {
         impl crate::rule::Update<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
             #[inline(always)]
             #[allow(unused_variables, unused_mut, reason = "a rule need not use every scalar or move every state")]
-            #[allow(clippy::assign_op_pattern, reason = "a body is written as the paper has it")]
+            #[allow(clippy::assign_op_pattern, clippy::float_cmp, reason = "a body is written as the paper has it")]
             fn update(
                 scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
                 mut $p: $f,
@@ -248,7 +248,7 @@ macro_rules! rule {
             ) {
                 #[inline(always)]
                 #[allow(unused_mut, unused_variables, reason = "a rule need not use every scalar or move every state")]
-                #[allow(clippy::assign_op_pattern, reason = "a body is written as the paper has it")]
+                #[allow(clippy::assign_op_pattern, clippy::float_cmp, reason = "a body is written as the paper has it")]
                 fn element(
                     scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
                     $p: $f,
@@ -294,6 +294,7 @@ macro_rules! rule {
         impl crate::rule::Evaluate<$f, { crate::rule::count!($($h)* $($k)*) }, { crate::rule::count!($($s)*) }> for $name {
             #[inline(always)]
             #[allow(unused_variables, reason = "a rule need not use every scalar and state")]
+            #[allow(clippy::float_cmp, reason = "equal is meant")]
             fn evaluate(
                 scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
                 p: $f,

@@ -49,4 +49,13 @@ rules! {
     rmsprop: RMSprop, RMSpropMomentum, RMSpropCentered, RMSpropCenteredMomentum;
     rprop: Rprop;
     asgd: Asgd;
+    adabelief: AdaBelief;
+    adan: Adan;
+    lamb: Lamb;
+    lars: Lars;
+    lion: Lion;
+    prodigy: Prodigy;
+    schedule_free: ScheduleFreeSgd, ScheduleFreeAdamW;
+    signum: SignSgd, Signum;
+    yogi: Yogi;
 }

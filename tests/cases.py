@@ -1,4 +1,4 @@
-"""The one table of rules: a rule with its oracle, and with torch's optimizer where torch has it.
+"""The one table of rules: a rule with its oracle, and with torch's optimizer and optax's where they have it.
 
 A new rule is one row, or one for each of its kernels, and gets every test.
 """
@@ -15,11 +15,18 @@ import reference
 
 @dataclass(frozen=True)
 class Case:
-    """A rule, the function of `reference.py` that it is held to, and the name of its class in torch.optim."""
+    """A rule, the function of `reference.py` that it is held to, and its peers."""
 
     rule: Any
     reference: Callable[..., Any]
-    torch: str
+    torch: str | None = None
+    """The name of its class in torch.optim."""
+    optax: Callable[[Any], Any] | None = None
+    """Makes optax's transformation, of the module."""
+    authors: tuple[str, str] | None = None
+    """The package with its authors' code, on torch, and the class there."""
+    whole: bool = False
+    """Whether an element's step depends on its whole leaf, so that what is not finite reaches all of it."""
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -31,6 +38,28 @@ class Case:
         hyper = self.hyper
         sign = -1 if hyper.pop("maximize") else 1
         return lambda p, g, state, t: self.reference(p, sign * g, state, t, **hyper)
+
+
+def yogi_of_optax(optax: Any) -> Any:
+    """Yogi of optax with `m` from zero on, where optax starts it at the second moment's initial value."""
+    import jax
+
+    inner = optax.yogi(0.1, b1=0.8, b2=0.9, eps=1e-2)
+
+    def init(params: Any) -> Any:
+        first, *rest = inner.init(params)
+        return (first._replace(mu=jax.numpy.zeros_like(params)), *rest)
+
+    return optax.GradientTransformation(init, inner.update)
+
+
+def adabelief_of_optax(optax: Any) -> Any:
+    """AdaBelief of optax with decoupled decay, which it leaves to be chained."""
+    return optax.chain(
+        optax.scale_by_belief(b1=0.8, b2=0.9, eps=1e-3, eps_root=1e-3),
+        optax.add_decayed_weights(0.3),
+        optax.scale_by_learning_rate(0.1),
+    )
 
 
 CASES = {
@@ -79,6 +108,107 @@ CASES = {
     "asgd": Case(ls.ASGD(lr=0.1), reference.asgd, "ASGD"),
     "asgd-average": Case(ls.ASGD(lr=0.1, lambd=0.1, alpha=0.5, t0=10.0), reference.asgd, "ASGD"),
     "asgd-decay": Case(ls.ASGD(lr=0.1, lambd=0.1, weight_decay=0.3, t0=0.0), reference.asgd, "ASGD"),
+    "lion": Case(
+        ls.Lion(lr=0.1),
+        reference.lion,
+        optax=lambda optax: optax.lion(0.1, weight_decay=0.0),
+    ),
+    "lion-decay": Case(
+        ls.Lion(lr=0.1, betas=(0.8, 0.7), weight_decay=0.3),
+        reference.lion,
+        optax=lambda optax: optax.lion(0.1, b1=0.8, b2=0.7, weight_decay=0.3),
+    ),
+    "signsgd": Case(
+        ls.Signum(lr=0.1, momentum=0.0),
+        reference.signum,
+        optax=lambda optax: optax.sign_sgd(0.1),
+    ),
+    "signum": Case(
+        ls.Signum(lr=0.1),
+        reference.signum,
+        optax=lambda optax: optax.signum(0.1),
+    ),
+    "signum-decay": Case(ls.Signum(lr=0.1, momentum=0.7, weight_decay=0.3), reference.signum),
+    "adabelief": Case(
+        ls.AdaBelief(lr=0.1),
+        reference.adabelief,
+        optax=lambda optax: optax.adabelief(0.1),
+    ),
+    "adabelief-decay": Case(
+        ls.AdaBelief(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3),
+        reference.adabelief,
+        optax=adabelief_of_optax,
+    ),
+    "yogi": Case(
+        ls.Yogi(lr=0.1, betas=(0.8, 0.9), eps=1e-2),
+        reference.yogi,
+        optax=yogi_of_optax,
+    ),
+    "yogi-decay": Case(ls.Yogi(lr=0.1, weight_decay=0.3, initial_accumulator_value=0.1), reference.yogi),
+    # optax's Adan is another: it takes 1 - b2 where the paper, whose betas are 1 minus these, has what is b2 here.
+    "adan": Case(ls.Adan(lr=0.1), reference.adan),
+    "adan-decay": Case(ls.Adan(lr=0.1, betas=(0.9, 0.8, 0.7), eps=1e-3, weight_decay=0.3), reference.adan),
+    "adan-decay-first": Case(
+        ls.Adan(lr=0.1, betas=(0.9, 0.8, 0.7), eps=1e-3, weight_decay=0.3, no_prox=True),
+        reference.adan,
+    ),
+    "schedule-free-sgd": Case(
+        ls.ScheduleFreeSGD(lr=0.1),
+        reference.schedule_free_sgd,
+        authors=("schedulefree", "SGDScheduleFree"),
+        optax=lambda optax: optax.contrib.schedule_free_sgd(0.1),
+    ),
+    "schedule-free-sgd-decay": Case(
+        ls.ScheduleFreeSGD(lr=0.1, momentum=0.7, weight_decay=0.3, warmup_steps=10, r=1.5, weight_lr_power=1.0),
+        reference.schedule_free_sgd,
+        authors=("schedulefree", "SGDScheduleFree"),
+    ),
+    "schedule-free-adamw": Case(
+        ls.ScheduleFreeAdamW(lr=0.1, eps=1e-6),
+        reference.schedule_free_adamw,
+        authors=("schedulefree", "AdamWScheduleFree"),
+        optax=lambda optax: optax.contrib.schedule_free_adamw(0.1, eps=1e-6),
+    ),
+    "schedule-free-adamw-decay": Case(
+        ls.ScheduleFreeAdamW(lr=0.1, betas=(0.8, 0.9), weight_decay=0.3, warmup_steps=10, r=0.5),
+        reference.schedule_free_adamw,
+        authors=("schedulefree", "AdamWScheduleFree"),
+    ),
+    "lars": Case(
+        ls.LARS(lr=10.0),
+        reference.lars,
+        optax=lambda optax: optax.lars(10.0),
+        whole=True,
+    ),
+    "lars-decay": Case(
+        ls.LARS(lr=1.0, momentum=0.7, weight_decay=0.3, trust_coefficient=0.1), reference.lars, whole=True
+    ),
+    "lamb": Case(
+        ls.LAMB(lr=0.1, weight_decay=0.0),
+        reference.lamb,
+        optax=lambda optax: optax.lamb(0.1),
+        whole=True,
+    ),
+    "lamb-decay": Case(
+        ls.LAMB(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.3),
+        reference.lamb,
+        optax=lambda optax: optax.lamb(0.1, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3),
+        whole=True,
+    ),
+    "prodigy": Case(ls.Prodigy(d0=1e-2), reference.prodigy, authors=("prodigyopt", "Prodigy")),
+    "prodigy-decay": Case(
+        ls.Prodigy(betas=(0.8, 0.9), beta3=0.7, eps=1e-6, weight_decay=0.3, d0=1e-2, use_bias_correction=True),
+        reference.prodigy,
+        authors=("prodigyopt", "Prodigy"),
+        optax=lambda optax: optax.contrib.prodigy(
+            1.0, (0.8, 0.9), beta3=0.7, eps=1e-6, weight_decay=0.3, estim_lr0=1e-2
+        ),
+    ),
+    "prodigy-decay-growth": Case(
+        ls.Prodigy(lr=0.5, weight_decay=0.3, d0=1e-2, d_coef=2.0, growth_rate=1.1, safeguard_warmup=True),
+        reference.prodigy,
+        authors=("prodigyopt", "Prodigy"),
+    ),
 }
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -118,7 +118,7 @@ fn every_level_gives_each_element_its_bits<F: Compute + std::fmt::Debug>() {
         let hyper: Vec<f64> = (1..=kernel.hyper.len())
             .map(|i| 0.6 / f64::from(u8::try_from(i).unwrap()))
             .collect();
-        let scalars = (kernel.scalars)(&hyper, 7.0, &mut [0.0; CARRY], [0.0; SUMS]);
+        let scalars = (kernel.scalars)(&hyper, 7.0, &mut [0.0; CARRY], [0.5; SUMS]);
         for phase in phases() {
             let start = Arrays::new(CHUNK + 1, kernel.state.len());
             let end = start.one_by_one(&kernel, phase, &scalars);
@@ -157,7 +157,7 @@ fn a_step_moves_what_it_should() {
             &kernel,
             Level::best(),
             Phase::Plain,
-            &(kernel.scalars)(&hyper, 9.0, &mut [0.0; CARRY], [0.0; SUMS]),
+            &(kernel.scalars)(&hyper, 9.0, &mut [0.0; CARRY], [0.5; SUMS]),
         );
         assert_ne!(arrays.p, start.p, "{}", kernel.name);
         assert_eq!(

@@ -155,3 +155,117 @@ def lookahead(rule, p, gradient, steps, *, sync_period=None, slow_step=1.0):
         if sync_period and (i + 1) % sync_period == 0:
             p = slow + slow_step * (p - slow)
         yield p
+
+
+def lion(p, g, state, t, *, lr, betas, weight_decay):
+    b1, b2 = betas
+    m = state.get("m", 0.0)
+    c = b1 * m + (1 - b1) * g
+    state["m"] = b2 * m + (1 - b2) * g
+    return p - lr * (np.sign(c) + weight_decay * p)
+
+
+def signum(p, g, state, t, *, lr, momentum, weight_decay):
+    m = state["m"] = momentum * state.get("m", 0.0) + (1 - momentum) * g
+    return p - lr * (np.sign(m) + weight_decay * p)
+
+
+def adabelief(p, g, state, t, *, lr, betas, eps, weight_decay):
+    b1, b2 = betas
+    m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
+    s = state["s"] = b2 * state.get("s", 0.0) + (1 - b2) * (g - m) ** 2 + eps
+    direction = ratio(m / complement(b1, t), np.sqrt(s / complement(b2, t)) + eps)
+    return p - lr * weight_decay * p - lr * direction
+
+
+def yogi(p, g, state, t, *, lr, betas, eps, weight_decay, initial_accumulator_value):
+    b1, b2 = betas
+    g = g + weight_decay * p
+    m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
+    v = state.get("v", initial_accumulator_value)
+    v = state["v"] = v - (1 - b2) * np.sign(v - g**2) * g**2
+    return p - lr * ratio(m / complement(b1, t), np.sqrt(v / complement(b2, t)) + eps)
+
+
+def adan(p, g, state, t, *, lr, betas, eps, weight_decay, no_prox):
+    b1, b2, b3 = betas
+    change = g - state.get("g", g)
+    state["g"] = g
+    m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
+    v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * change
+    n = state["n"] = b3 * state.get("n", 0.0) + (1 - b3) * (g + b2 * change) ** 2
+    ahead = m / complement(b1, t) + b2 * v / complement(b2, t)
+    u = lr * ratio(ahead, np.sqrt(n / complement(b3, t)) + eps)
+    return p - lr * weight_decay * p - u if no_prox else (p - u) / (1 + lr * weight_decay)
+
+
+def schedule_free(y, step, state, t, *, lr, beta, warmup_steps, r, weight_lr_power):
+    """Moves `y` by `step`, the direction of the base optimizer; `state` has x, as the paper, and only for y moved."""
+    rate = lr * (min(1, t / warmup_steps) if warmup_steps else 1)
+    state["lr_max"] = max(rate, state.get("lr_max", 0.0))
+    weight = t**r * state["lr_max"] ** weight_lr_power
+    state["weight_sum"] = state.get("weight_sum", 0.0) + weight
+    c = weight / state["weight_sum"] if state["weight_sum"] else 0.0
+    z = state.get("z", y)
+    x = (y - (1 - beta) * z) / beta
+    z = state["z"] = z - rate * step
+    x = state["x"] = (1 - c) * x + c * z
+    return (1 - beta) * z + beta * x
+
+
+def schedule_free_sgd(p, g, state, t, *, momentum, weight_decay, **schedule):
+    return schedule_free(p, g + weight_decay * p, state, t, beta=momentum, **schedule)
+
+
+def schedule_free_adamw(p, g, state, t, *, betas, eps, weight_decay, **schedule):
+    b1, b2 = betas
+    v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * g**2
+    step = ratio(g, np.sqrt(v / complement(b2, t)) + eps) + weight_decay * p
+    return schedule_free(p, step, state, t, beta=b1, **schedule)
+
+
+def lars(p, g, state, t, *, lr, momentum, weight_decay, trust_coefficient):
+    weights, gradients = np.linalg.norm(p), np.linalg.norm(g)
+    trust = trust_coefficient * weights / (gradients + weight_decay * weights) if weights and gradients else 1
+    v = state["v"] = momentum * state.get("v", 0.0) + lr * trust * (g + weight_decay * p)
+    return p - v
+
+
+def lamb(p, g, state, t, *, lr, betas, eps, weight_decay):
+    r = adam_direction(g, state, t, betas, eps, amsgrad=False) + weight_decay * p
+    weights, updates = np.linalg.norm(p), np.linalg.norm(r)
+    return p - lr * (weights / updates if weights and updates else 1) * r
+
+
+def prodigy(
+    p,
+    g,
+    state,
+    t,
+    *,
+    lr,
+    betas,
+    beta3,
+    eps,
+    weight_decay,
+    d0,
+    d_coef,
+    growth_rate,
+    use_bias_correction,
+    safeguard_warmup,
+):
+    b1, b2 = betas
+    b3 = np.sqrt(b2) if beta3 is None else beta3
+    p0 = state.setdefault("p0", p)
+    d = state.get("d", d0)
+    gamma = d * lr * (np.sqrt(complement(b2, t)) / complement(b1, t) if use_bias_correction else 1)
+    m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * d * g
+    v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * d**2 * g**2
+    s = state["s"] = b3 * state.get("s", 0.0) + d / d0 * (d if safeguard_warmup else gamma) * g
+    if not s.any() or lr == 0:
+        return p
+    r = state["r"] = b3 * state.get("r", 0.0) + d / d0 * gamma * np.sum(g * (p0 - p))
+    estimate = d_coef * r / np.abs(s).sum()
+    d_max = state["d_max"] = max(state.get("d_max", d0), estimate)
+    state["d"] = min(d_max, (max(d, estimate) if d == d0 else d) * growth_rate)
+    return p - gamma * weight_decay * p - gamma * ratio(m, np.sqrt(v) + state["d"] * eps)

@@ -23,8 +23,9 @@ def refuses(error, *texts):
 
 
 NAN, INF = float("nan"), float("inf")
-ADAMS = [ls.Adam, ls.AdamW, ls.RAdam, ls.NAdam, ls.Adamax]
+ADAMS = [ls.Adam, ls.AdamW, ls.RAdam, ls.NAdam, ls.Adamax, ls.AdaBelief, ls.Yogi, ls.Lion, ls.LAMB, ls.Prodigy]
 RULES = [ls.SGD, *ADAMS, ls.Adagrad, ls.Adadelta, ls.RMSprop, ls.Rprop, ls.ASGD]
+RULES += [ls.Adan, ls.Signum, ls.ScheduleFreeSGD, ls.ScheduleFreeAdamW, ls.LARS]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -119,6 +120,44 @@ def test_what_must_not_be_over_one(rule, name, value):
 def test_pairs_of_rprop(hyper, error, text):
     with refuses(error, text):
         ls.Rprop(**hyper)
+
+
+@pytest.mark.parametrize(
+    ("rule", "hyper", "text"),
+    [
+        (ls.Adan, {"betas": (0.9, 0.9)}, "betas must have 3 values, got 2"),
+        (ls.Yogi, {"initial_accumulator_value": -1}, "initial_accumulator_value must be finite and >= 0, got -1"),
+        (ls.ScheduleFreeSGD, {"momentum": 0}, "momentum must be in (0, 1), got 0"),
+        (ls.ScheduleFreeAdamW, {"betas": (0, 0.9)}, "betas[0] must be in (0, 1), got 0"),
+        (ls.ScheduleFreeSGD, {"warmup_steps": -1}, "warmup_steps must be an integer >= 0, got -1"),
+        (ls.ScheduleFreeSGD, {"warmup_steps": 2**63}, "warmup_steps must be an integer >= 0 and < 2**63, got 9"),
+        (ls.ScheduleFreeAdamW, {"r": -0.5}, "r must be finite and >= 0, got -0.5"),
+        (ls.ScheduleFreeAdamW, {"weight_lr_power": NAN}, "weight_lr_power must be finite and >= 0, got nan"),
+        (ls.LARS, {"trust_coefficient": INF}, "trust_coefficient must be finite and >= 0, got inf"),
+        (ls.Prodigy, {"beta3": 1.0}, "beta3 must be in [0, 1), got 1.0"),
+        (ls.Prodigy, {"d0": 0}, "d0 must be finite and > 0, got 0"),
+        (ls.Prodigy, {"d_coef": -1}, "d_coef must be finite and >= 0, got -1"),
+        (ls.Prodigy, {"growth_rate": 0.9}, "growth_rate must be >= 1, got 0.9"),
+        (ls.Prodigy, {"growth_rate": NAN}, "growth_rate must be >= 1, got nan"),
+    ],
+)
+def test_what_few_rules_have_out_of_range(rule, hyper, text):
+    with refuses(ValueError, text):
+        rule(**hyper)
+
+
+@pytest.mark.parametrize(
+    ("rule", "hyper", "text"),
+    [
+        (ls.ScheduleFreeSGD, {"warmup_steps": 2.5}, "warmup_steps must be an integer >= 0, got float 2.5"),
+        (ls.Prodigy, {"beta3": "0.9"}, "beta3 must be a real number, got str"),
+        (ls.Prodigy, {"growth_rate": None}, "growth_rate must be a real number, got NoneType"),
+        (ls.Adan, {"no_prox": 1}, "no_prox must be True or False, got int 1"),
+    ],
+)
+def test_what_few_rules_have_of_another_type(rule, hyper, text):
+    with refuses(TypeError, text):
+        rule(**hyper)
 
 
 @pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9, "dampening": 0.1}])

@@ -65,31 +65,52 @@ def up_to_one(name: str, value: Any) -> float:
     return number
 
 
-def _pair(check: Callable[[str, Any], float], name: str, value: Any) -> tuple[float, float]:
-    if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) == 0:
-        raise TypeError(f"{name} must be 2 real numbers, got {type(value).__name__} {value!r}")
-    values = tuple(value)
-    if len(values) != 2:
-        raise ValueError(f"{name} must have 2 values, got {len(values)}")
-    return check(f"{name}[0]", values[0]), check(f"{name}[1]", values[1])
+def within_one(name: str, value: Any) -> float:
+    """A number in (0, 1)."""
+    number = real(name, value)
+    if not 0 < number < 1:
+        raise ValueError(f"{name} must be in (0, 1), got {value!r}")
+    return number
 
 
-def pair_below_one(name: str, value: Any) -> tuple[float, float]:
-    """Two numbers in [0, 1)."""
-    return _pair(below_one, name, value)
+def at_least_one(name: str, value: Any) -> float:
+    """A number >= 1, infinity included."""
+    number = real(name, value)
+    if not number >= 1:
+        raise ValueError(f"{name} must be >= 1, got {value!r}")
+    return number
 
 
-def pair_around_one(name: str, value: Any) -> tuple[float, float]:
+def below_one_or_none(name: str, value: Any) -> float | None:
+    """A number in [0, 1), or None for what follows from the others."""
+    return None if value is None else below_one(name, value)
+
+
+def each(*checks: Callable[[str, Any], float]) -> Callable[[str, Any], tuple[float, ...]]:
+    """A check of as many numbers as there are checks."""
+
+    def check(name: str, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, Sequence | np.ndarray) or np.ndim(value) == 0:
+            raise TypeError(f"{name} must be {len(checks)} real numbers, got {type(value).__name__} {value!r}")
+        values = tuple(value)
+        if len(values) != len(checks):
+            raise ValueError(f"{name} must have {len(checks)} values, got {len(values)}")
+        return tuple(check(f"{name}[{i}]", value) for i, (check, value) in enumerate(zip(checks, values, strict=True)))
+
+    return check
+
+
+def pair_around_one(name: str, value: Any) -> tuple[float, ...]:
     """A number in (0, 1) and one over 1."""
-    low, high = _pair(at_least_zero, name, value)
+    low, high = each(at_least_zero, at_least_zero)(name, value)
     if not 0 < low < 1 < high:
         raise ValueError(f"{name} must be a number in (0, 1) and one over 1, got {value!r}")
     return low, high
 
 
-def pair_in_order(name: str, value: Any) -> tuple[float, float]:
+def pair_in_order(name: str, value: Any) -> tuple[float, ...]:
     """Two numbers >= 0, the smaller one first."""
-    low, high = _pair(at_least_zero, name, value)
+    low, high = each(at_least_zero, at_least_zero)(name, value)
     if low > high:
         raise ValueError(f"{name} must be the smallest and the largest, got {value!r}")
     return low, high
@@ -115,6 +136,14 @@ def count(name: str, value: Any) -> int:
     if int(value) < 0:
         raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
     return int(value)
+
+
+def some_steps(name: str, value: Any) -> int:
+    """An integer >= 0 that is no larger than steps can be counted."""
+    number = count(name, value)
+    if number >= 2**63:
+        raise ValueError(f"{name} must be an integer >= 0 and < 2**63, got {value!r}")
+    return number
 
 
 def flag(name: str, value: Any) -> bool:
@@ -163,7 +192,7 @@ def _scheduled(name: str, value: Any) -> Scheduled:
 
 CHECKS: dict[str, Check] = {
     "lr": at_least_zero,
-    "betas": pair_below_one,
+    "betas": each(below_one, below_one),
     "eps": at_least_zero,
     "weight_decay": at_least_zero,
     "momentum": below_one,
@@ -181,6 +210,17 @@ CHECKS: dict[str, Check] = {
     "step_sizes": pair_in_order,
     "lambd": at_least_zero,
     "t0": at_least_zero,
+    "no_prox": flag,
+    "trust_coefficient": at_least_zero,
+    "warmup_steps": some_steps,
+    "r": at_least_zero,
+    "weight_lr_power": at_least_zero,
+    "beta3": below_one_or_none,
+    "d0": above_zero,
+    "d_coef": at_least_zero,
+    "growth_rate": at_least_one,
+    "use_bias_correction": flag,
+    "safeguard_warmup": flag,
     "maximize": flag,
     "sync_period": positive_integer,
     "slow_step": up_to_one,
@@ -224,7 +264,7 @@ class Rule(Checked):
         lr: learning rate, >= 0.
         betas: decay rates of the averages of the gradient and of its square, each in [0, 1).
         eps: added to the denominator, >= 0. Where the denominator is zero all the same, the update is zero.
-        weight_decay: >= 0. An L2 penalty that is added to the gradient, but decoupled from it in `AdamW`.
+        weight_decay: >= 0. An L2 penalty that is added to the gradient, but for rules that say that it is decoupled.
         decoupled_weight_decay: shrink the parameter by `lr * weight_decay` instead, as `AdamW` does.
         momentum: decay rate of the momentum buffer, in [0, 1).
         maximize: climb: take the negative gradient in place of the gradient.
