@@ -185,8 +185,12 @@ class Optimizer(Generic[Params]):
     def slow_weights(self) -> AbstractContextManager[Params]:
         """A context in which `params` hold the slow weights; the fast ones come back at its end, whatever happens.
 
-        Numbers that are written into params inside are written into the slow weights. Where there is no second copy
-        (between cycles, and for rules without Lookahead) slow and fast weights are one, and nothing moves.
+        They are what to evaluate and export: slow weights of the outermost `Lookahead`; without one, the averages of
+        `ScheduleFreeSGD`, `ScheduleFreeAdamW` and `ASGD`. Where there is no second copy (between cycles, and for other
+        rules) slow and fast weights are one, and nothing moves.
+
+        Numbers that are written into params inside are written into the slow weights of `Lookahead`; averages, which
+        are made for the occasion, forget them.
 
         Raises:
             RuntimeError: as `step`; also for a step, a sync or another such context inside.
@@ -208,13 +212,19 @@ class Optimizer(Generic[Params]):
 
     @property
     def slow(self) -> Params:
-        """The slow weights: read-only views in a tree of the structure of `params`, right until the next call."""
+        """The slow weights: read-only views in a tree of the structure of `params`, right until the next call.
+
+        What `slow_weights` shows; averages of `ScheduleFreeSGD`, `ScheduleFreeAdamW` and `ASGD` are copies.
+        """
         slow: Params = self._structure.build(self._engine.slow())
         return slow
 
     @property
     def state(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-        """The rule's state: read-only views by their leaf's path and their name, as in `state["encoder/w"]["m"]`."""
+        """The rule's state: read-only views by their leaf's path and their name, as in `state["encoder/w"]["m"]`.
+
+        With `state_dtype`, what is kept in fewer bits is a copy in float32.
+        """
         return dict(zip(self._structure.paths, self._engine.state(), strict=True))
 
     @property
