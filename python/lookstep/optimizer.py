@@ -432,10 +432,15 @@ class Optimizer(Generic[Params]):
     def __reduce__(self) -> Any:
         """Makes copies and pickles: another optimizer, over copies of the arrays, that goes on from here."""
         options = self._options
-        return _rebuilt, (type(self), self._params, self._plan.rule, self._plan.given, options), self.state_dict()
+        state = self.state_dict()
+        for leaf in state["leaves"].values():
+            del leaf["params"]  # They come with the arrays.
+        return _rebuilt, (type(self), self._params, self._plan.rule, self._plan.given, options), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Goes on from where the other one was."""
+        for path, leaf in zip(self._structure.paths, self._leaves, strict=True):
+            state["leaves"][path]["params"] = np.array(leaf)
         self.load_state_dict(state, allow_nonfinite=True)
 
     def __copy__(self) -> Self:

@@ -765,6 +765,7 @@ impl GroupSpec {
                 options.optimal.is_some(),
                 options.master_weights,
             ),
+            keeps_fewer: options.state_dtype.is_some(),
             codecs: single.state[..whole].iter().map(codec).collect(),
             rounding: options.seed,
             hyper: ordered(single.hyper, &self.hyper)?,

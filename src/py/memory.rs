@@ -33,6 +33,8 @@ pub struct Group {
     pub rows: Rows,
     /// How the rule's arrays are kept; all other rows are whole.
     pub codecs: Vec<Codec>,
+    /// Whether that is in fewer bits, for leaves that are computed in float32.
+    pub keeps_fewer: bool,
     pub rounding: Option<u32>,
     pub hyper: Vec<f64>,
     pub slow_steps: Vec<f64>,
@@ -69,11 +71,16 @@ impl Group {
         self.rows(leaf).map(of_row).sum()
     }
 
-    /// A leaf's rows: how each is kept, and where.
-    pub fn rows(&self, leaf: &Leaf) -> impl Iterator<Item = Row> {
+    /// How many rows a leaf has.
+    fn count(&self, leaf: &Leaf) -> usize {
         let has_master = leaf.dtype.is_narrow() || self.rows.master.is_none();
         let count = self.rows.names.len() - usize::from(!has_master);
-        let count = if self.frozen { 0 } else { count };
+        if self.frozen { 0 } else { count }
+    }
+
+    /// A leaf's rows: how each is kept, and where.
+    pub fn rows(&self, leaf: &Leaf) -> impl Iterator<Item = Row> {
+        let count = self.count(leaf);
         let (n, size) = (leaf.len(), leaf.dtype.compute().size());
         let mut at = leaf.at;
         (0..count).map(move |row| {
@@ -311,13 +318,14 @@ pub unsafe fn visit<F: Number>(
     let level = Level::best();
     let n = leaf.len();
     let states = F::kernel(group).state.len();
+    let rows = group.count(leaf);
     let p_slice = leaf.p.slice::<F>(leaf.dtype);
     let g_slice = needs
         .g
         .filter(|g| g.prepare.is_nothing() && g.means.is_none())
         .and_then(|_| leaf.g.slice::<F>(leaf.g_dtype));
-    let coded = matches!(needs.rows, Use::Read | Use::Write)
-        && group.rows(leaf).any(|row| row.codec != Codec::Whole);
+    let keeps_fewer = F::DTYPE == Dtype::F32 && group.keeps_fewer;
+    let coded = keeps_fewer && matches!(needs.rows, Use::Read | Use::Write);
     let lends = (p_slice.is_some() || needs.p == Use::Nothing)
         && (g_slice.is_some() || needs.g.is_none())
         && !coded;
@@ -375,7 +383,15 @@ pub unsafe fn visit<F: Number>(
             }
         };
         let mut kept = Kept::new(states);
-        if needs.rows != Use::Nothing {
+        if needs.rows != Use::Nothing && !keeps_fewer {
+            let bytes = (n * size_of::<F>()).next_multiple_of(LINE);
+            for row in 0..rows {
+                // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
+                kept.push(row, unsafe {
+                    arena.lend(leaf.at + row * bytes, start, len)
+                });
+            }
+        } else if needs.rows != Use::Nothing {
             let mut state_copies = state_copies.into_iter().flatten();
             for (index, row) in group.rows(leaf).enumerate() {
                 if row.codec != Codec::Whole && !coded {
@@ -383,7 +399,7 @@ pub unsafe fn visit<F: Number>(
                 }
                 let copy = (index < states).then(|| state_copies.next()).flatten();
                 let array = match (row.codec, copy) {
-                    // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
+                    // SAFETY: as above.
                     (Codec::Whole, _) => unsafe { arena.lend(row.codes, start, len) },
                     (_, copy) => {
                         let copy = &mut copy.expect("only state is coded")[..len];
