@@ -55,7 +55,8 @@ impl fmt::Display for Error {
                 write!(f, "{leaf} is byte-swapped ({got}): pass x.astype(x.dtype.newbyteorder('='))")
             }
             Self::GradDtype(leaf, got, need) => {
-                write!(f, "{leaf} has dtype {got} but its parameter has {need}: pass g.astype(np.{need})")
+                let cast = if need == "float64" { "float64" } else { "float32" };
+                write!(f, "{leaf} has dtype {got} but its parameter has {need}: pass g.astype(np.{cast})")
             }
             Self::Shape(leaf, got, need) => write!(
                 f,

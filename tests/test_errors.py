@@ -204,7 +204,7 @@ def test_slow_step(slow_step, error):
 
 
 def test_inner_state_names_its_choices():
-    with refuses(ValueError, "inner_state must be \"keep\", \"reset\" or \"pullback\", got 'rest'"):
+    with refuses(ValueError, 'inner_state must be "keep", "reset" or "pullback", got \'rest\''):
         ls.Lookahead(ls.SGD(), inner_state="rest")
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -231,6 +232,23 @@ SCHEDULED = ("lr", "weight_decay", "momentum", "slow_step")
 """What may follow a schedule."""
 
 
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "optimizer": "inner",
+    "base_optimizer": "inner",
+    "fast_optimizer": "inner",
+    "inner_optimizer": "inner",
+    "k": "sync_period",
+    "la_steps": "sync_period",
+    "alpha": "slow_step",
+    "la_alpha": "slow_step",
+    "slow_step_size": "slow_step",
+    "reset_state": "inner_state",
+    "pullback_momentum": "inner_state",
+}
+"""What other libraries call it, for hints."""
+
+
 @dataclass(frozen=True)
 class Checked:
     """Hyper-parameters that are checked by name, and refused by name where there are no such."""
@@ -242,9 +260,7 @@ class Checked:
         known = [field.name for field in fields(cls)]
         for name in kwargs:
             if name not in known:
-                from difflib import get_close_matches
-
-                close = get_close_matches(name, known, 1)
+                close = [here for here in [_ELSEWHERE.get(name)] if here in known] or get_close_matches(name, known, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
                 raise TypeError(f"{cls.__name__} got an unexpected keyword {name!r} ({hint})")
         return super().__new__(cls)

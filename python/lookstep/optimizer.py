@@ -41,7 +41,7 @@ class Optimizer(Generic[Params]):
         rule: what a step does: `SGD`, `Adam`, ... or `Lookahead` around one of them.
         groups: what is different for some leaves: pairs of a regular expression, searched for in a leaf's path
             ("encoder/w"), and a dict of the inner rule's hyper-parameters, of `slow_step`, or `{"frozen": True}`, which
-            leaves a leaf untouched. The first that matches counts.
+            leaves a leaf untouched (its gradient may be `None`). The first that matches counts.
         max_grad_norm: the largest norm of all gradients together, > 0: larger ones are scaled down to it. The norm is
             accumulated in float64, in a fixed order.
         max_grad_value: the largest magnitude of an element of a gradient, > 0.
@@ -52,9 +52,10 @@ class Optimizer(Generic[Params]):
             has them): the mean over all other axes is taken away (gradient centralisation, Yong et al., 2020,
             https://arxiv.org/abs/2004.01461). Leaves of one axis stay as they are.
         master_weights: keep a float32 copy of parameters of 16 bits, and step that; the parameters are it, rounded.
+            Without it, a step of less than half of a parameter's last bit is lost: bfloat16 has 8 of them.
         state_dtype: what the rule's moments are kept in: `None` for what is computed in, `"bfloat16"`, or `"int8"`: 8
-            bits with a scale for each 256 elements. Slow weights and other weights stay whole, and so does all of
-            float64.
+            bits with a scale for each 256 elements, which is coarse for those whose gradients are some thousand times
+            smaller than the largest one's. Slow weights and other weights stay whole, and so does all of float64.
         rounding: how they are rounded to that: `"stochastic"`, which is right in the mean, or `"nearest"`, which loses
             what is less than half a step: second moments in bfloat16 hardly fall with it.
         seed: an integer in [0, 2^32): the random bits of an element depend on it, the leaf's path, the element's index
@@ -79,6 +80,8 @@ class Optimizer(Generic[Params]):
         >>> opt = ls.Optimizer(params, ls.AdamW(lr=0.1), groups=[("b$", {"weight_decay": 0.0})], max_grad_norm=1.0)
         >>> opt.step({"w": params["w"] * 2, "b": params["b"] * 2})
     """
+
+    __slots__ = ("__weakref__", "_engine", "_leaves", "_options", "_params", "_plan", "_structure")
 
     def __init__(
         self,
@@ -118,16 +121,7 @@ class Optimizer(Generic[Params]):
             self._structure.names,
             leaves,
             plan.of_leaf,
-            [
-                {
-                    "kernel": group.inner._kernel,
-                    "hyper": group.inner._hyper(),
-                    "slow_steps": slow_steps,
-                    "frozen": group.frozen,
-                    "maximize": group.inner._maximizes,
-                }
-                for group, (_, slow_steps) in zip(plan.groups, plan.hyper(0), strict=True)
-            ],
+            plan.described(0),
             [
                 {
                     "period": level.sync_period,
@@ -174,7 +168,8 @@ class Optimizer(Generic[Params]):
         """Ends the cycle now: slow and fast weights meet, as at the end of a whole cycle.
 
         For what must sync at one moment, such as the players of a game: give each optimizer a `sync_period` that is
-        never reached, and sync all after the same steps. Without a step since the last sync, nothing happens.
+        never reached, and sync all after the same steps. Without a step since the last sync, nothing happens. Where
+        cycles are nested, the innermost one ends; those around it count that as one of their steps.
 
         Raises:
             RuntimeError: as `step`.
@@ -223,7 +218,7 @@ class Optimizer(Generic[Params]):
     def state(self) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
         """The rule's state: read-only views by their leaf's path and their name, as in `state["encoder/w"]["m"]`.
 
-        With `state_dtype`, what is kept in fewer bits is a copy in float32.
+        With `state_dtype`, what is kept in fewer bits is a copy in float32, which later steps leave as it is.
         """
         return dict(zip(self._structure.paths, self._engine.state(), strict=True))
 
@@ -253,7 +248,7 @@ class Optimizer(Generic[Params]):
         Raises:
             TypeError, ValueError: as for the argument; also if the new groups need other state than the old ones.
         """
-        return self._plan.given
+        return tuple((pattern, dict(different)) for pattern, different in self._plan.given)
 
     @groups.setter
     def groups(self, groups: Groups) -> None:
@@ -264,10 +259,10 @@ class Optimizer(Generic[Params]):
         plan = _Plan.of(rule, groups, self._structure.paths)
         if plan.needs() != self._plan.needs():
             raise ValueError(
-                "this optimizer's state and cycles are those of another rule, and cannot be changed to those of "
-                f"{rule}: build a new optimizer"
+                f"{rule} with these groups keeps other arrays, cycles or frozen leaves than this optimizer: "
+                "build a new one"
             )
-        self._engine.set_hyper(plan.hyper(self.steps))
+        self._engine.set_groups(plan.of_leaf, plan.described(self.steps))
         self._plan = plan
 
     @property
@@ -293,7 +288,7 @@ class Optimizer(Generic[Params]):
 
     @property
     def syncs(self) -> int:
-        """Syncs so far."""
+        """Syncs so far; where cycles are nested, of the innermost one."""
         return self._engine.syncs
 
     @property
@@ -365,9 +360,8 @@ class Optimizer(Generic[Params]):
             [(level.sync_period, plan.is_optimal and depth == 0) for depth, level in enumerate(plan.levels)],
             allow_nonfinite,
         )
-        hyper = plan.hyper(counters["steps"])
-        self._engine.restore(arrays, counters)
-        self._engine.set_hyper(hyper)
+        described = plan.described(counters["steps"])
+        self._engine.restore(arrays, counters, plan.of_leaf, described)
         self._plan = plan
 
     def save(self, path: StrPath) -> None:
@@ -500,7 +494,8 @@ class _Plan:
             groups.append(_group(f"groups[{index}]", different, inner, levels))
             matching = [leaf for leaf, path in enumerate(paths) if pattern.search(path)]
             if not matching:
-                shown = ", ".join(map(repr, paths[:5])) + (", ..." if len(paths) > 5 else "")
+                shown = ", ".join(path or "params (whose path is empty)" for path in paths[:5])
+                shown += ", ..." if len(paths) > 5 else ""
                 raise ValueError(f"groups[{index}]: no leaf matches {pattern.pattern!r}; leaves are {shown}")
             for leaf in matching:
                 of_leaf[leaf] = of_leaf[leaf] or index + 1
@@ -508,22 +503,36 @@ class _Plan:
 
     def hyper(self, step: int) -> list[tuple[dict[str, float], list[float]]]:
         """Each group's hyper-parameters, and slow steps from the innermost outward, at a step counted from 0."""
+        return [self._hyper(index, group, step) for index, group in enumerate(self.groups)]
+
+    def _hyper(self, index: int, group: _Group, step: int) -> tuple[dict[str, float], list[float]]:
+        try:
+            slow_steps = [level._check_slow_step(level.slow_step, step) for level in self.levels]
+            if self.levels:
+                slow_steps[0] = self.levels[0]._check_slow_step(group.slow_step, step)
+            return group.inner._hyper(step), slow_steps
+        except (TypeError, ValueError) as error:
+            raise (type(error)(f"groups[{index - 1}]: {error}") if index else error) from None
+
+    def described(self, step: int) -> list[dict[str, Any]]:
+        """Each group, for the engine."""
         return [
-            (
-                group.inner._hyper(step),
-                [
-                    level._check_slow_step(group.slow_step if depth == 0 else level.slow_step, step)
-                    for depth, level in enumerate(self.levels)
-                ],
-            )
-            for group in self.groups
+            {
+                "kernel": group.inner._kernel,
+                "hyper": hyper,
+                "slow_steps": slow_steps,
+                "frozen": group.frozen,
+                "maximize": group.inner._maximizes,
+            }
+            for group, (hyper, slow_steps) in zip(self.groups, self.hyper(step), strict=True)
         ]
 
     def needs(self) -> Any:
-        """What cannot change while an optimizer lives."""
-        kernels = [(group.inner._kernel, group.frozen, group.inner._maximizes) for group in self.groups]
+        """What cannot change while an optimizer lives: the arrays of each leaf, and cycles."""
+        kernels = [(group.inner._kernel, group.frozen) for group in self.groups]
         levels = [(level.sync_period, level.inner_state, level.outer) for level in self.levels]
-        return [kernels[index] for index in self.of_leaf], kernels, self.of_leaf, levels, self.is_optimal
+        optimal = self.levels[0].slow_step if self.is_optimal else None
+        return [kernels[index] for index in self.of_leaf], levels, optimal
 
 
 def _levels(rule: Rule) -> tuple[InnerRule, list[Lookahead]]:

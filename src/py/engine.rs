@@ -82,7 +82,7 @@ impl Engine {
         cycles: Vec<CycleSpec>,
         options: OptionSpec,
     ) -> PyResult<Self> {
-        let inner = Inner::new(py, names, &params, &of_group, groups, &cycles, &options)?;
+        let inner = Inner::new(py, names, &params, &of_group, groups, &cycles, options)?;
         Ok(Self {
             inner: Mutex::new(inner),
             steps: AtomicU64::new(0),
@@ -126,6 +126,11 @@ impl Engine {
     /// Takes new hyper-parameters and slow steps, one a group, from the next step on.
     fn set_hyper(&self, groups: Vec<(HashMap<String, f64>, Vec<f64>)>) -> PyResult<()> {
         self.take()?.set_hyper(&groups)
+    }
+
+    /// Takes other groups from the next step on, with the same arrays for each leaf.
+    fn set_groups(&self, of_group: Vec<usize>, groups: Vec<GroupSpec>) -> PyResult<()> {
+        self.take()?.set_groups(&of_group, groups)
     }
 
     /// Steps applied so far.
@@ -199,9 +204,11 @@ impl Engine {
         py: Python<'_>,
         arrays: Vec<Vec<Bound<'_, PyAny>>>,
         counters: Counters,
+        of_group: Vec<usize>,
+        groups: Vec<GroupSpec>,
     ) -> PyResult<()> {
         let mut inner = self.take_fast()?;
-        inner.restore(py, &arrays, counters)?;
+        inner.restore(py, &arrays, counters, &of_group, groups)?;
         self.publish(&inner);
         Ok(())
     }

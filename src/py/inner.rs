@@ -86,6 +86,7 @@ pub struct Inner {
     spans: Spans,
     options: Options,
     raises: bool,
+    kept: OptionSpec,
     cycles: Cycles,
     carry: [f64; CARRY],
     pub steps: u64,
@@ -106,7 +107,7 @@ impl Inner {
         of_group: &[usize],
         groups: Vec<GroupSpec>,
         cycles: &[CycleSpec],
-        options: &OptionSpec,
+        options: OptionSpec,
     ) -> PyResult<Self> {
         let mut leaves = Vec::with_capacity(params.len());
         let mut arrays = Vec::with_capacity(params.len());
@@ -147,7 +148,7 @@ impl Inner {
         );
         let groups: Vec<Group> = groups
             .into_iter()
-            .map(|group| group.group(&cycles, options))
+            .map(|group| group.group(&cycles, &options))
             .collect::<PyResult<_>>()?;
         let mut bytes = 0;
         for leaf in &mut leaves {
@@ -171,6 +172,7 @@ impl Inner {
                 optimal: options.optimal,
             },
             raises: options.nonfinite == "raise",
+            kept: options,
             cycles,
             carry: [0.0; CARRY],
             steps: 0,
@@ -318,23 +320,49 @@ impl Inner {
         Ok(())
     }
 
+    /// Takes other groups from the next step on, with the same arrays for each leaf.
+    pub fn set_groups(&mut self, of_group: &[usize], groups: Vec<GroupSpec>) -> PyResult<()> {
+        let groups = self.checked_groups(of_group, groups)?;
+        self.take_groups(of_group, groups);
+        Ok(())
+    }
+
+    fn checked_groups(&self, of_group: &[usize], groups: Vec<GroupSpec>) -> PyResult<Vec<Group>> {
+        let groups: Vec<Group> = groups
+            .into_iter()
+            .map(|group| group.group(&self.cycles, &self.kept))
+            .collect::<PyResult<_>>()?;
+        let same = |(leaf, &group): (&Leaf, &usize)| {
+            let (was, is) = (&self.groups[leaf.group], groups.get(group));
+            is.is_some_and(|is| is.single.name == was.single.name && is.frozen == was.frozen)
+        };
+        if of_group.len() != self.leaves.len() || !self.leaves.iter().zip(of_group).all(same) {
+            return Err(Error::State("groups".into(), "keep other arrays".into()).into());
+        }
+        for (index, group) in groups.iter().enumerate() {
+            let is_single =
+                |(leaf, &of): (&Leaf, &usize)| of == index && leaf.dtype.compute() == Dtype::F32;
+            if self.leaves.iter().zip(of_group).any(is_single) {
+                check_overflow(group, &group.hyper)?;
+            }
+        }
+        Ok(groups)
+    }
+
+    fn take_groups(&mut self, of_group: &[usize], groups: Vec<Group>) {
+        self.groups = groups;
+        for (leaf, &group) in self.leaves.iter_mut().zip(of_group) {
+            leaf.group = group;
+        }
+    }
+
     /// Refuses hyper-parameters that are finite in float64 only, for leaves that are computed in float32.
     fn check_overflow(&self, group: usize, hyper: &[f64]) -> Result<(), Error> {
         let is_single = |leaf: &Leaf| leaf.group == group && leaf.dtype.compute() == Dtype::F32;
         if !self.leaves.iter().any(is_single) {
             return Ok(());
         }
-        // Hyper-parameters come first among the scalars, and lr is in all that come after; they are largest at step 1.
-        let Group { single, double, .. } = &self.groups[group];
-        let exact = (double.scalars)(hyper, 1.0, &mut [0.0; CARRY], [0.0; SUMS]);
-        let rounded = (single.scalars)(hyper, 1.0, &mut [0.0; CARRY], [0.0; SUMS]);
-        let mut pairs = exact.iter().zip(&rounded);
-        match pairs.position(|(exact, rounded)| exact.is_finite() && !rounded.is_finite()) {
-            Some(index) => Err(Error::Overflow(
-                (*single.hyper.get(index).unwrap_or(&"lr")).into(),
-            )),
-            None => Ok(()),
-        }
+        check_overflow(&self.groups[group], hyper)
     }
 
     /// Syncs so far.
@@ -466,8 +494,11 @@ impl Inner {
         py: Python<'_>,
         arrays: &[Vec<Bound<'_, PyAny>>],
         counters: Counters,
+        of_group: &[usize],
+        groups: Vec<GroupSpec>,
     ) -> PyResult<()> {
         self.check_params(py, false)?;
+        let groups = self.checked_groups(of_group, groups)?;
         if arrays.len() != self.leaves.len()
             || counters.leaves.len() != self.leaves.len()
             || counters.cycles.len() != self.cycles.0.len()
@@ -529,6 +560,7 @@ impl Inner {
             (cycle.done, cycle.syncs) = (done, syncs);
         }
         (self.steps, self.skipped, self.carry) = (counters.steps, counters.skipped, counters.carry);
+        self.take_groups(of_group, groups);
         Ok(())
     }
 
@@ -698,6 +730,21 @@ impl Inner {
             bytes: Some((start..start + bytes, dtype)),
             shape,
         }
+    }
+}
+
+/// Refuses hyper-parameters that are finite in float64 only.
+fn check_overflow(group: &Group, hyper: &[f64]) -> Result<(), Error> {
+    // Hyper-parameters come first among the scalars, and lr is in all that come after; they are largest at step 1.
+    let Group { single, double, .. } = group;
+    let exact = (double.scalars)(hyper, 1.0, &mut [0.0; CARRY], [0.0; SUMS]);
+    let rounded = (single.scalars)(hyper, 1.0, &mut [0.0; CARRY], [0.0; SUMS]);
+    let mut pairs = exact.iter().zip(&rounded);
+    match pairs.position(|(exact, rounded)| exact.is_finite() && !rounded.is_finite()) {
+        Some(index) => Err(Error::Overflow(
+            (*single.hyper.get(index).unwrap_or(&"lr")).into(),
+        )),
+        None => Ok(()),
     }
 }
 
