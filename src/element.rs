@@ -69,8 +69,6 @@ pub trait Element: Float {
     fn narrow(level: Level, dtype: Dtype, from: &[Self], into: &mut [u16]);
     /// As `f32`.
     fn single(self) -> f32;
-    /// As `f64`, exactly.
-    fn double(self) -> f64;
     /// From `f32`, exactly.
     fn of_single(x: f32) -> Self;
     /// Whether two are one number; a NaN is any other NaN, and zero is not minus zero.
@@ -105,10 +103,6 @@ impl Element for f32 {
         self
     }
 
-    fn double(self) -> f64 {
-        self.into()
-    }
-
     fn of_single(x: f32) -> Self {
         x
     }
@@ -136,10 +130,6 @@ impl Element for f64 {
     #[allow(clippy::cast_possible_truncation, reason = "asked for")]
     fn single(self) -> f32 {
         self as f32
-    }
-
-    fn double(self) -> f64 {
-        self
     }
 
     fn of_single(x: f32) -> Self {

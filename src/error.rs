@@ -81,7 +81,7 @@ impl fmt::Display for Error {
             Self::NotFinite(leaf) => write!(f, "{leaf} is not finite: it holds an infinity or a NaN"),
             Self::State(of, what) => write!(f, "{of} {what}"),
             Self::Unsteady => f.write_str("params or grads changed while they were checked"),
-            Self::Busy => f.write_str("step() is already running in another thread"),
+            Self::Busy => f.write_str("this optimizer is in the middle of another call"),
             Self::InsideSlowWeights => {
                 f.write_str("params hold the slow weights: leave slow_weights() first, so that the fast ones come back")
             }

@@ -6,38 +6,56 @@ use crate::rule::Float;
 use crate::simd::{Level, at};
 
 /// The arithmetic, the same for every element of a leaf.
-#[derive(Clone, Copy, Debug)]
-pub struct Prepare<F> {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prepare {
     /// Times this,
-    pub factor: F,
+    pub factor: f64,
     /// then no larger than this,
-    pub limit: Option<F>,
+    pub limit: Option<f64>,
     /// then times this.
-    pub clip: F,
+    pub clip: f64,
 }
 
-impl<F: Float> Prepare<F> {
-    /// Whether gradients stay as they are.
-    #[must_use]
-    pub fn is_nothing(&self) -> bool {
-        self.factor == F::ONE && self.limit.is_none() && self.clip == F::ONE
-    }
+impl Prepare {
+    /// Gradients stay as they are.
+    pub const NOTHING: Self = Self {
+        factor: 1.0,
+        limit: None,
+        clip: 1.0,
+    };
 
     /// Prepares a run of elements.
-    pub fn apply(&self, level: Level, g: &mut [F]) {
-        let (factor, clip) = (self.factor, self.clip);
-        match self.limit {
-            None => at!(level, g.iter_mut().for_each(|g| *g = *g * factor * clip)),
-            Some(limit) => at!(
+    pub fn apply<F: Float>(&self, level: Level, g: &mut [F]) {
+        if *self == Self::NOTHING {
+            return;
+        }
+        let limit = self.limit.unwrap_or(f64::INFINITY);
+        if is_normal::<F>(self.factor) && is_normal::<F>(self.clip) {
+            let (factor, limit, clip) =
+                (F::round(self.factor), F::round(limit), F::round(self.clip));
+            at!(
                 level,
-                g.iter_mut().for_each(|g| {
-                    let x = *g * factor;
-                    let above = if x > limit { limit } else { x };
-                    *g = if above < -limit { -limit } else { above } * clip;
-                })
-            ),
+                g.iter_mut()
+                    .for_each(|g| *g = clamped(*g * factor, limit) * clip)
+            );
+        } else {
+            // A factor that its numbers cannot hold.
+            for g in g {
+                let x = clamped(g.widened() * self.factor, limit);
+                *g = F::round(x * self.clip);
+            }
         }
     }
+}
+
+#[inline(always)]
+fn clamped<F: Float>(x: F, limit: F) -> F {
+    let above = if x > limit { limit } else { x };
+    if above < -limit { -limit } else { above }
+}
+
+fn is_normal<F: Float>(x: f64) -> bool {
+    (F::MIN_POSITIVE.widened()..=F::MAX.widened()).contains(&x.abs()) || x == 0.0 || x.is_nan()
 }
 
 /// The means of a gradient's slices along its output axis (Yong et al., 2020, "Gradient Centralization",
@@ -65,7 +83,7 @@ impl<F: Element> Means<F> {
     pub fn add(&mut self, start: usize, g: &[F]) {
         for (at, &x) in (start..).zip(g) {
             let place = at / self.inner % self.sums.len();
-            self.sums[place] += x.double();
+            self.sums[place] += x.widened();
         }
     }
 

@@ -104,12 +104,17 @@ pub struct Leaf {
 }
 
 impl Leaf {
-    /// A leaf that no step has moved.
+    /// A leaf that no step has moved. Its axes are walked as they are counted where that is asked for, and else so that
+    /// its elements are found in the longest runs.
     ///
     /// # Errors
     /// If the array is read-only or overlaps itself.
-    pub fn new(name: String, group: usize, header: &Header) -> Result<Self, Error> {
-        let order = order(header.strides).into_boxed_slice();
+    pub fn new(name: String, group: usize, header: &Header, counting: bool) -> Result<Self, Error> {
+        let order = if counting {
+            (0..header.shape.len()).collect()
+        } else {
+            order(header.strides).into_boxed_slice()
+        };
         let p = Place::new(header, &order);
         if !header.writeable {
             return Err(Error::ReadOnly(name));

@@ -57,12 +57,12 @@ fn squares<F: Element>(lanes: &mut [f64; LANES], x: &[F], unit: f64) {
     let (tiles, end) = x.as_chunks::<LANES>();
     for tile in tiles {
         for lane in 0..LANES {
-            let x = tile[lane].double() * unit;
+            let x = tile[lane].widened() * unit;
             lanes[lane] += x * x;
         }
     }
     for (sum, x) in lanes.iter_mut().zip(end) {
-        let x = x.double() * unit;
+        let x = x.widened() * unit;
         *sum += x * x;
     }
 }

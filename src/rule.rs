@@ -100,7 +100,7 @@ pub(crate) use count;
 ///     weights(z, ...),                             // optional: state that stands for weights
 ///     carry(sum, ...),                             // optional: scalars of these names are kept for the next step
 ///     |t| scalars(name = value, ...),              // float64, from the hyper-parameters, t, the carry and the sums
-///     measure Leaf(pp, uu) |p, g| { ... },         // optional: moves the state, assigns each element's share of the sums
+///     measure Leaf(pp, uu) |p, g| { ... },         // optional: moves the state, assigns each element's `wide` share
 ///     |p, g| { ... },                              // moves p and the state
 ///     evaluate |p| value,                          // optional: the weight to evaluate
 /// );
@@ -254,17 +254,16 @@ macro_rules! rule {
                     $p: $f,
                     $g: $f,
                     state: [$f; crate::rule::count!($($s)*)],
-                ) -> ([$f; crate::rule::count!($($s)*)], [$f; crate::rule::SUMS]) {
+                ) -> ([$f; crate::rule::count!($($s)*)], [f64; crate::rule::SUMS]) {
                     let [$($h,)* $($k),*] = *scalars;
                     let [$(mut $s),*] = state;
-                    let ($a, $b): ($f, $f);
+                    let ($a, $b): (f64, f64);
                     $measure
                     ([$($s),*], [$a, $b])
                 }
                 #[inline(always)]
                 #[allow(clippy::too_many_arguments, reason = "one for each array")]
                 #[allow(unused_assignments, unused_mut, unused_variables, reason = "a rule need not have state")]
-                #[allow(clippy::useless_conversion, reason = "one text for f32 and f64")]
                 fn lanes(
                     scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
                     p: &[$f; crate::rule::LANES],
@@ -277,8 +276,8 @@ macro_rules! rule {
                         let (state, [a, b]) = element(scalars, p[lane], g[lane], [$($s[lane]),*]);
                         let mut k = 0;
                         $($s[lane] = crate::rule::stored(state[k]); k += 1;)*
-                        first[lane] += f64::from(a);
-                        second[lane] += f64::from(b);
+                        first[lane] += a;
+                        second[lane] += b;
                     }
                 }
                 let [$($s),*] = state;
@@ -338,6 +337,8 @@ pub trait Float:
     /// The number without its sign.
     #[must_use]
     fn magnitude(self) -> Self;
+    /// As `f64`, exactly.
+    fn widened(self) -> f64;
 }
 
 macro_rules! float {
@@ -361,6 +362,11 @@ macro_rules! float {
             #[inline(always)]
             fn magnitude(self) -> Self {
                 self.abs()
+            }
+            #[inline(always)]
+            #[allow(clippy::useless_conversion, reason = "one text for both")]
+            fn widened(self) -> f64 {
+                self.into()
             }
         }
     };
@@ -408,6 +414,12 @@ pub fn sign<F: Float>(x: F) -> F {
 #[inline(always)]
 pub fn select<F: Float>(no: F, yes: F, cond: bool) -> F {
     if cond { yes } else { no }
+}
+
+/// A share of a sum, which is formed and added up in float64 where there is one.
+#[inline(always)]
+pub fn wide<F: Float>(x: F) -> f64 {
+    x.widened()
 }
 
 /// `x`, or the largest finite number in place of infinity: a second moment that saturates does not freeze its parameter

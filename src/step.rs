@@ -29,14 +29,24 @@ pub struct CycleRows {
     momentum: Option<usize>,
     /// What is pulled back, and where what it was after the last sync is.
     pulled: Vec<(usize, usize)>,
+    /// Of these, state that stands for weights. It is pulled back from what it was when the cycle began, as weights are:
+    /// before its first step, that is the weights themselves.
+    weights: Vec<(usize, usize)>,
     /// What is reset.
     reset: Vec<usize>,
 }
 
 impl Rows {
-    /// The rows of a rule with `state` arrays within `cycles`; `gradient` and `master` are kept where asked for.
+    /// The rows of a rule with `state` arrays, the last of which are `weights`, within `cycles`; `gradient` and `master`
+    /// are kept where asked for.
     #[must_use]
-    pub fn new(state: &[&str], cycles: &[Cycle], gradient: bool, master: bool) -> Self {
+    pub fn new(
+        state: &[&str],
+        weights: usize,
+        cycles: &[Cycle],
+        gradient: bool,
+        master: bool,
+    ) -> Self {
         let mut names: Vec<String> = state.iter().map(|&name| name.into()).collect();
         let mut within: Vec<usize> = (0..state.len()).collect();
         let mut before: Vec<usize> = Vec::new();
@@ -51,7 +61,7 @@ impl Rows {
                 _ => format!("{name}.{depth}"),
             };
             let slow = row(&mut names, of("slow"));
-            let pulled = match cycle.inner_state {
+            let pulled: Vec<_> = match cycle.inner_state {
                 InnerState::Pullback => within
                     .iter()
                     .map(|&now| {
@@ -68,10 +78,14 @@ impl Rows {
             let momentum = cycle.outer.map(|_| row(&mut names, of("momentum")));
             within.extend(momentum);
             before.extend(pulled.iter().map(|&(_, before)| before));
+            let is_weight =
+                |&(now, _): &(usize, usize)| now < state.len() && now + weights >= state.len();
+            let (weights, pulled) = pulled.into_iter().partition(is_weight);
             rows.push(CycleRows {
                 slow,
                 momentum,
                 pulled,
+                weights,
                 reset,
             });
         }
@@ -83,6 +97,12 @@ impl Rows {
             master,
             names,
         }
+    }
+
+    /// The row of the slow weights of the innermost cycle.
+    #[must_use]
+    pub fn innermost(&self) -> Option<usize> {
+        self.cycles.first().map(|cycle| cycle.slow)
     }
 
     /// The row of the weights to evaluate within the outermost cycle.
@@ -160,9 +180,12 @@ impl<F: Element> Sync<F> {
         for &row in &rows.reset {
             kept.row(row).fill(F::default());
         }
-        for &(now, before) in &rows.pulled {
-            let before = take_row(kept, before);
-            let pairs = kept.row(now).iter_mut().zip(&mut *before.1);
+        if self.state != InnerState::Pullback {
+            return;
+        }
+        for &(now, row) in rows.pulled.iter().chain(&rows.weights) {
+            let before = take(kept.row(row));
+            let pairs = kept.row(now).iter_mut().zip(&mut *before);
             at!(
                 level,
                 pairs.for_each(|(now, before)| {
@@ -172,13 +195,9 @@ impl<F: Element> Sync<F> {
                     *before = *now;
                 })
             );
-            *kept.row(before.0) = before.1;
+            *kept.row(row) = before;
         }
     }
-}
-
-fn take_row<'a, F>(kept: &mut Kept<'a, F>, row: usize) -> (usize, &'a mut [F]) {
-    (row, take(kept.row(row)))
 }
 
 /// What a step does to every piece of a leaf.
@@ -198,6 +217,10 @@ pub struct Step<'a, F> {
     pub rows: &'a Rows,
     /// How the leaf's weights are stored.
     pub dtype: Dtype,
+    /// Whether the rule has yet to move the leaf.
+    pub fresh: bool,
+    /// What makes a gradient what it was before it was clipped by norm.
+    pub unclip: F,
 }
 
 impl<F: Element> Step<'_, F> {
@@ -208,6 +231,12 @@ impl<F: Element> Step<'_, F> {
         let keeps_slow = self.dtype.is_narrow() && master.is_none();
         let fuses_start = self.starting > 0 && g.is_some() && !keeps_slow;
         for (depth, cycle) in self.rows.cycles[..self.starting].iter().enumerate() {
+            for &(now, before) in &cycle.weights {
+                let from = take(kept.row(now));
+                let now_is = if self.fresh { &*p } else { &*from };
+                kept.row(before).copy_from_slice(now_is);
+                *kept.row(now) = from;
+            }
             let slow = kept.row(cycle.slow);
             if keeps_slow {
                 adopt(self.level, self.dtype, p, slow);
@@ -217,7 +246,13 @@ impl<F: Element> Step<'_, F> {
         }
         if let Some(row) = self.rows.gradient.filter(|_| self.starting > 0) {
             match g {
-                Some(g) => kept.row(row).copy_from_slice(g),
+                Some(g) => {
+                    let pairs = kept.row(row).iter_mut().zip(g);
+                    at!(
+                        self.level,
+                        pairs.for_each(|(row, &g)| *row = g * self.unclip)
+                    );
+                }
                 None => kept.row(row).fill(F::default()),
             }
         }

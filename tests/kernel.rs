@@ -186,8 +186,10 @@ fn without_gradient(p: &mut [f32], slow: &mut [f32], starting: usize, slow_step:
         scalars: &[],
         starting,
         syncs: &syncs,
-        rows: &Rows::new(&[], &[cycle], false, false),
+        rows: &Rows::new(&[], 0, &[cycle], false, false),
         dtype: Dtype::F32,
+        fresh: true,
+        unclip: 1.0,
     };
     step.advance(p, None, &mut kept);
 }

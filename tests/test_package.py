@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -63,7 +64,16 @@ def test_examples_in_docstrings_run(name):
 
 @pytest.mark.parametrize("name", lookstep.__all__)
 def test_what_is_public_is_documented(name):
-    assert name == "__version__" or "Example:" in getattr(lookstep, name).__doc__
+    public = getattr(lookstep, name)
+    if isinstance(public, ModuleType):
+        ours = [value for value in vars(public).values() if getattr(value, "__module__", "") == public.__name__]
+        examples = [value for value in ours if isinstance(value, type) and not value.__subclasses__()]
+        assert examples
+    else:
+        examples = [public] if isinstance(public, type) else []
+    for value in [public, *examples]:
+        assert value.__doc__
+    assert all("Example:" in value.__doc__ for value in examples)
 
 
 def test_python_in_the_readme_runs(tmp_path, monkeypatch):

@@ -69,10 +69,13 @@ def test_how_it_looks():
             "eps": 1e-8,
             "weight_decay": 0.0,
             "amsgrad": False,
+            "decoupled_weight_decay": False,
+            "maximize": False,
         },
         "sync_period": 5,
         "slow_step": 0.5,
         "inner_state": "keep",
+        "outer": None,
     }
     assert encode(Point(-math.inf), CLASSES) == {"name": "Point", "x": {"float": "-inf"}, "y": []}
 

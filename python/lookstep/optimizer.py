@@ -4,8 +4,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from numbers import Integral
+from reprlib import repr as shortened
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -13,7 +16,7 @@ import numpy as np
 from . import checkpoint
 from ._core import Engine
 from .atomic import StrPath
-from .hyper import Rule, above_zero, at_step, count, flag, is_scheduled, real
+from .hyper import CHECKS, Rule, above_zero, at_step, count, flag, is_scheduled, real
 from .lookahead import Lookahead, Nesterov, OptimalSlowStep
 from .rules import InnerRule
 from .tree import Structure, Tree
@@ -131,7 +134,7 @@ class Optimizer(Generic[Params]):
                 for level in plan.levels
             ],
             self._options
-            | {"optimal": plan.levels[0]._check_slow_step(plan.levels[0].slow_step, 0) if plan.is_optimal else None}
+            | {"optimal": plan.is_optimal}
             | {"seed": self._options["seed"] if rounding == "stochastic" else None},
         )
 
@@ -152,14 +155,14 @@ class Optimizer(Generic[Params]):
                 or if a schedule gives a value that cannot be, naming the step.
             FloatingPointError: if a gradient is not finite, with `nonfinite="raise"`.
             RuntimeError: if `params` holds another array than when the optimizer was built, or one that has changed in
-                more than its numbers; if params hold the slow weights; or if another thread is stepping this optimizer.
+                more than its numbers; or if params hold the slow weights.
         """
         if not self._engine.steps % _LOOK_AGAIN:
             self._check_bound()
         leaves = self._structure.leaves(grads)
         if self._plan.is_scheduled:
             self._engine.set_hyper(self._plan.hyper(self._engine.steps))
-        if scale == 1.0:
+        if type(scale) is float and scale == 1.0:
             self._engine.step(leaves)
         else:
             self._engine.step(leaves, _scale(scale))
@@ -175,6 +178,8 @@ class Optimizer(Generic[Params]):
             RuntimeError: as `step`.
         """
         self._check_bound()
+        if self._plan.is_scheduled:
+            self._engine.set_hyper(self._plan.hyper(max(self.steps - 1, 0)))
         self._engine.sync()
 
     def slow_weights(self) -> AbstractContextManager[Params]:
@@ -279,7 +284,7 @@ class Optimizer(Generic[Params]):
         inner = self._plan.inner
         if is_scheduled(inner.lr):
             raise ValueError(f"lr follows {inner.lr!r}: set opt.rule to a rule with another lr instead")
-        self.rule = _with_inner(self._plan.rule, replace(inner, lr=lr))
+        self.rule = _with_inner(self._plan.rule, replace(inner, lr=CHECKS["lr"]("lr", lr)))
 
     @property
     def steps(self) -> int:
@@ -313,8 +318,9 @@ class Optimizer(Generic[Params]):
         """All that the run is: copies of parameters and state, counters, the rule, groups and options.
 
         Raises:
-            RuntimeError: if params hold the slow weights, or another thread is stepping this optimizer.
+            RuntimeError: as `step`.
         """
+        self._check_bound()
         arrays, counters = self._engine.dump()
         return checkpoint.state_of(
             self._plan.rule,
@@ -323,7 +329,6 @@ class Optimizer(Generic[Params]):
             counters,
             dict(zip(self._structure.paths, arrays, strict=True)),
             self._engine.kinds(),
-            self._engine.orders(),
         )
 
     def load_state_dict(self, state: Mapping[str, Any], *, allow_nonfinite: bool = False) -> None:
@@ -342,13 +347,13 @@ class Optimizer(Generic[Params]):
             RuntimeError: as `step`.
         """
         self._check_bound()
-        rule, groups, options = checkpoint.made_of(state)
+        rule, _, options = checkpoint.made_of(state)
         for name in ("master_weights", "state_dtype", "rounding", "seed"):
             if options[name] != self._options[name]:
                 raise ValueError(
                     f"the state has {name} {options[name]!r}, but this optimizer has {self._options[name]!r}"
                 )
-        plan = _Plan.of(rule, groups, self._structure.paths)
+        plan = _Plan.of(rule, checkpoint.groups_of(state, self._structure.paths), self._structure.paths)
         if plan.needs() != self._plan.needs():
             raise ValueError(f"the state is of {rule}, which keeps other arrays or cycles than {self._plan.rule}")
         arrays, counters = checkpoint.checked(
@@ -356,7 +361,6 @@ class Optimizer(Generic[Params]):
             self._structure.paths,
             self._leaves,
             self._engine.kinds(),
-            self._engine.orders(),
             [(level.sync_period, plan.is_optimal and depth == 0) for depth, level in enumerate(plan.levels)],
             allow_nonfinite,
         )
@@ -405,9 +409,9 @@ class Optimizer(Generic[Params]):
                 ours; nothing is loaded then.
             OSError: if the file cannot be read.
         """
-        leaves = len(Structure(params).paths)
-        with checkpoint.opened(path, leaves) as file:
-            rule, groups, options = file.made_of()
+        paths = Structure(params).paths
+        with checkpoint.opened(path, len(paths)) as file:
+            rule, groups, options = file.made_of(paths)
             opt = cls(params, rule, groups=groups, **options)
             state = file.state(opt._structure.paths, opt._leaves, opt._engine.kinds())
         opt.load_state_dict(state, allow_nonfinite=allow_nonfinite)
@@ -423,13 +427,21 @@ class Optimizer(Generic[Params]):
                     "(w[...] = new), or build a new optimizer"
                 )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Another optimizer, over copies of the arrays, that goes on from here."""
+        state = self.state_dict()
+        other = type(self)(deepcopy(self._params, memo), self._plan.rule, groups=self.groups, **self._options)
+        memo[id(self)] = other
+        other.__setstate__(state)
+        return other
+
     def __reduce__(self) -> Any:
-        """Makes copies and pickles: another optimizer, over copies of the arrays, that goes on from here."""
+        """Makes pickles: another optimizer, over copies of the arrays, that goes on from here."""
         options = self._options
         state = self.state_dict()
         for leaf in state["leaves"].values():
             del leaf["params"]  # They come with the arrays.
-        return _rebuilt, (type(self), self._params, self._plan.rule, self._plan.given, options), state
+        return _rebuilt, (type(self), self._params, self._plan.rule, self.groups, options), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Goes on from where the other one was."""
@@ -465,7 +477,7 @@ class _Plan:
 
     def __init__(self, rule: Rule, given: Groups, groups: list[_Group], of_leaf: list[int]) -> None:
         self.rule = rule
-        self.given = tuple((pattern, dict(different)) for pattern, different in given)
+        self.given = checkpoint.Matched(((pattern, dict(different)) for pattern, different in given), of_leaf)
         self.groups = groups
         self.of_leaf = of_leaf
         self.inner, self.levels = _levels(rule)
@@ -492,14 +504,10 @@ class _Plan:
         for index, pair in enumerate(given):
             pattern, different = _pair(f"groups[{index}]", pair)
             groups.append(_group(f"groups[{index}]", different, inner, levels))
-            matching = [leaf for leaf, path in enumerate(paths) if pattern.search(path)]
-            if not matching:
-                shown = ", ".join(path or "params (whose path is empty)" for path in paths[:5])
-                shown += ", ..." if len(paths) > 5 else ""
-                raise ValueError(f"groups[{index}]: no leaf matches {pattern.pattern!r}; leaves are {shown}")
-            for leaf in matching:
-                of_leaf[leaf] = of_leaf[leaf] or index + 1
-        return cls(rule, given, groups, of_leaf)
+            if not isinstance(given, checkpoint.Matched):
+                for leaf in _matching(f"groups[{index}]", pattern, paths):
+                    of_leaf[leaf] = of_leaf[leaf] or index + 1
+        return cls(rule, given, groups, given.of_leaf if isinstance(given, checkpoint.Matched) else of_leaf)
 
     def hyper(self, step: int) -> list[tuple[dict[str, float], list[float]]]:
         """Each group's hyper-parameters, and slow steps from the innermost outward, at a step counted from 0."""
@@ -531,8 +539,7 @@ class _Plan:
         """What cannot change while an optimizer lives: the arrays of each leaf, and cycles."""
         kernels = [(group.inner._kernel, group.frozen) for group in self.groups]
         levels = [(level.sync_period, level.inner_state, level.outer) for level in self.levels]
-        optimal = self.levels[0].slow_step if self.is_optimal else None
-        return [kernels[index] for index in self.of_leaf], levels, optimal
+        return [kernels[index] for index in self.of_leaf], levels, self.is_optimal
 
 
 def _levels(rule: Rule) -> tuple[InnerRule, list[Lookahead]]:
@@ -548,13 +555,24 @@ def _with_inner(rule: Rule, inner: InnerRule) -> Rule:
     return replace(rule, inner=_with_inner(rule.inner, inner)) if isinstance(rule, Lookahead) else inner
 
 
-def _pair(name: str, pair: Any) -> tuple[re.Pattern[str], Mapping[str, Any]]:
+def _matching(name: str, pattern: str, paths: Sequence[str]) -> list[int]:
+    """The leaves whose paths have the pattern."""
+    try:
+        expression = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}: {shortened(pattern)} is not a regular expression: {error}") from None
+    matching = [leaf for leaf, path in enumerate(paths) if expression.search(path)]
+    if not matching:
+        shown = ", ".join(path or "params (whose path is empty)" for path in paths[:5])
+        shown += ", ..." if len(paths) > 5 else ""
+        raise ValueError(f"{name}: no leaf matches {pattern!r}; leaves are {shown}")
+    return matching
+
+
+def _pair(name: str, pair: Any) -> tuple[str, Mapping[str, Any]]:
     match pair:
         case (str() as pattern, Mapping() as different):
-            try:
-                return re.compile(pattern), different
-            except re.error as error:
-                raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+            return pattern, different
         case _:
             raise TypeError(f'{name} must be a pair such as ("bias", {{"weight_decay": 0.0}}), got {pair!r}')
 
@@ -572,7 +590,7 @@ def _group(name: str, different: Mapping[str, Any], inner: InnerRule, levels: li
     try:
         slow_step = levels[0].slow_step if levels else None
         if "slow_step" in different:
-            if len(levels) > 1 or isinstance(slow_step, OptimalSlowStep):
+            if len(levels) > 1 or OptimalSlowStep in map(type, (slow_step, different["slow_step"])):
                 raise ValueError("slow_step of a group needs a single Lookahead, whose slow step is not measured")
             slow_step = replace(levels[0], slow_step=different["slow_step"]).slow_step
         return _Group(replace(inner, **hyper), slow_step, flag("frozen", different.get("frozen", False)))
@@ -587,7 +605,11 @@ def _choice(name: str, value: Any, *choices: Any) -> Any:
 
 
 def _axis(value: Any) -> int:
-    return -count("centralize", -value) if isinstance(value, int) and value < 0 else count("centralize", value)
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"centralize must be the number of an axis, got {type(value).__name__} {value!r}")
+    if not -64 <= (axis := int(value)) < 64:  # NumPy's arrays have no more axes.
+        raise ValueError(f"centralize must be the number of an axis, got {value!r}")
+    return axis
 
 
 def _check_axis(axis: int | None, names: Sequence[str], leaves: Sequence[Any]) -> None:

@@ -48,8 +48,8 @@ def decode(plain: Any, classes: Mapping[str, type]) -> Any:
 
     Example:
         >>> import lookstep as ls
-        >>> decode({"name": "RAdam", "lr": 0.1, "betas": [0.9, 0.99]}, {"RAdam": ls.RAdam})
-        RAdam(lr=0.1, betas=(0.9, 0.99), eps=1e-08, weight_decay=0.0)
+        >>> decode({"name": "RAdam", "lr": 0.1, "betas": [0.9, 0.99]}, {"RAdam": ls.RAdam}).betas
+        (0.9, 0.99)
     """
     return _decode("the value", plain, classes, 0)
 

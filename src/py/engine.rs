@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::array::View;
@@ -20,6 +21,10 @@ pub struct Engine {
     steps: AtomicU64,
     syncs: AtomicU64,
     skipped: AtomicU64,
+    /// Who has it, while somebody has: a process, and a thread.
+    owner: AtomicU64,
+    /// Whether the context in which params hold the slow weights has ended without putting the fast ones back.
+    abandoned: AtomicBool,
     /// The bits of a number, or [`NONE`].
     grad_norm: AtomicU64,
     slow_step: AtomicU64,
@@ -38,25 +43,77 @@ fn from_bits(bits: &AtomicU64) -> Option<f64> {
         .map(f64::from_bits)
 }
 
+/// The inner engine, for one call.
+struct Held<'a> {
+    inner: MutexGuard<'a, Inner>,
+    owner: &'a AtomicU64,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.owner.store(0, Relaxed);
+    }
+}
+
+impl std::ops::Deref for Held<'_> {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.inner
+    }
+}
+
+impl std::ops::DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Inner {
+        &mut self.inner
+    }
+}
+
+/// This process and thread.
+fn whoami() -> u64 {
+    thread_local!(static THREAD: u64 = NEXT.fetch_add(1, Relaxed) & 0xffff_ffff);
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    u64::from(std::process::id()) << 32 | THREAD.with(|&thread| thread)
+}
+
 impl Engine {
-    /// The inner engine, where no other thread has it and no earlier call has broken it.
-    fn take(&self) -> Result<MutexGuard<'_, Inner>, Error> {
-        match self.inner.try_lock() {
-            Ok(inner) if inner.broken => Err(Error::Internal),
-            Ok(inner) => Ok(inner),
-            Err(TryLockError::WouldBlock) => Err(Error::Busy),
-            Err(TryLockError::Poisoned(_)) => Err(Error::Internal),
+    /// The inner engine, once no other thread has it. Whoever asks for it while this thread has it (a destructor, say, that
+    /// runs while arrays are copied) or in a forked child of a process in which another had it, would wait for ever.
+    fn take(&self, py: Python<'_>) -> Result<Held<'_>, Error> {
+        let me = whoami();
+        let inner = match self.inner.try_lock() {
+            Ok(inner) => inner,
+            Err(TryLockError::WouldBlock) => {
+                let owner = self.owner.load(Relaxed);
+                if owner == me || owner != 0 && owner >> 32 != me >> 32 {
+                    return Err(Error::Busy);
+                }
+                let waited = self.inner.lock_py_attached(py);
+                waited.map_err(|_| Error::Internal)?
+            }
+            Err(TryLockError::Poisoned(_)) => return Err(Error::Internal),
+        };
+        self.owner.store(me, Relaxed);
+        if inner.broken {
+            return Err(Error::Internal);
         }
+        Ok(Held {
+            inner,
+            owner: &self.owner,
+        })
     }
 
-    /// The same, where params hold the fast weights.
-    fn take_fast(&self) -> Result<MutexGuard<'_, Inner>, Error> {
-        let inner = self.take()?;
+    /// The same, where params hold the fast weights; a context that could not put them back when it ended gets another
+    /// chance.
+    fn take_fast(&self, py: Python<'_>) -> PyResult<Held<'_>> {
+        let mut inner = self.take(py)?;
         if inner.inside_slow_weights() {
-            Err(Error::InsideSlowWeights)
-        } else {
-            Ok(inner)
+            if !self.abandoned.load(Relaxed) {
+                return Err(Error::InsideSlowWeights.into());
+            }
+            inner.leave_slow_weights(py)?;
+            self.abandoned.store(false, Relaxed);
         }
+        Ok(inner)
     }
 
     /// Lets the counters be seen.
@@ -88,6 +145,8 @@ impl Engine {
             steps: AtomicU64::new(0),
             syncs: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
+            owner: AtomicU64::new(0),
+            abandoned: AtomicBool::new(false),
             grad_norm: AtomicU64::new(NONE),
             slow_step: AtomicU64::new(NONE),
         })
@@ -100,7 +159,7 @@ impl Engine {
             Ok(list) => list.iter().collect(),
             Err(_) => grads.cast::<PyTuple>()?.iter().collect(),
         };
-        let mut inner = self.take_fast()?;
+        let mut inner = self.take_fast(py)?;
         inner.step(py, &grads, scale)?;
         self.publish(&inner);
         Ok(())
@@ -108,7 +167,7 @@ impl Engine {
 
     /// Ends the cycle now, where one has begun.
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
-        let mut inner = self.take_fast()?;
+        let mut inner = self.take_fast(py)?;
         inner.sync(py)?;
         self.publish(&inner);
         Ok(())
@@ -124,13 +183,22 @@ impl Engine {
     }
 
     /// Takes new hyper-parameters and slow steps, one a group, from the next step on.
-    fn set_hyper(&self, groups: Vec<(HashMap<String, f64>, Vec<f64>)>) -> PyResult<()> {
-        self.take()?.set_hyper(&groups)
+    fn set_hyper(
+        &self,
+        py: Python<'_>,
+        groups: Vec<(HashMap<String, f64>, Vec<f64>)>,
+    ) -> PyResult<()> {
+        self.take(py)?.set_hyper(&groups)
     }
 
     /// Takes other groups from the next step on, with the same arrays for each leaf.
-    fn set_groups(&self, of_group: Vec<usize>, groups: Vec<GroupSpec>) -> PyResult<()> {
-        self.take()?.set_groups(&of_group, groups)
+    fn set_groups(
+        &self,
+        py: Python<'_>,
+        of_group: Vec<usize>,
+        groups: Vec<GroupSpec>,
+    ) -> PyResult<()> {
+        self.take(py)?.set_groups(&of_group, groups)
     }
 
     /// Steps applied so far.
@@ -165,13 +233,13 @@ impl Engine {
 
     /// A read-only view of each leaf's slow weights as they are now.
     fn slow<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        let views = self.take()?.slow(py)?;
+        let views = self.take(py)?.slow(py)?;
         views.into_iter().map(|view| view.make(py, false)).collect()
     }
 
     /// Read-only views of each leaf's state arrays, by name.
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyDict>>> {
-        let leaves = self.take()?.state(py)?;
+        let leaves = self.take(py)?.state(py)?;
         let named = |leaf: Vec<(&str, View)>| {
             let state = PyDict::new(py);
             for (name, view) in leaf {
@@ -183,18 +251,13 @@ impl Engine {
     }
 
     /// What is kept for each leaf: names, dtypes and shapes.
-    fn kinds(&self) -> PyResult<Vec<Vec<Kind>>> {
-        Ok(self.take()?.kinds())
-    }
-
-    /// The order in which each leaf's axes are walked.
-    fn orders(&self) -> PyResult<Vec<Vec<usize>>> {
-        Ok(self.take()?.orders())
+    fn kinds(&self, py: Python<'_>) -> PyResult<Vec<Vec<Kind>>> {
+        Ok(self.take(py)?.kinds())
     }
 
     /// Copies of each leaf's parameter and of what is kept for it, and the counters.
     fn dump<'py>(&self, py: Python<'py>) -> PyResult<(Vec<Vec<Bound<'py, PyAny>>>, Counters)> {
-        let inner = self.take_fast()?;
+        let inner = self.take_fast(py)?;
         Ok((inner.dump(py)?, inner.counters()))
     }
 
@@ -207,7 +270,7 @@ impl Engine {
         of_group: Vec<usize>,
         groups: Vec<GroupSpec>,
     ) -> PyResult<()> {
-        let mut inner = self.take_fast()?;
+        let mut inner = self.take_fast(py)?;
         inner.restore(py, &arrays, counters, &of_group, groups)?;
         self.publish(&inner);
         Ok(())
@@ -226,7 +289,7 @@ pub struct SlowWeights {
 #[pymethods]
 impl SlowWeights {
     fn __enter__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.engine.get().take_fast()?.enter_slow_weights(py)?;
+        self.engine.get().take_fast(py)?.enter_slow_weights(py)?;
         self.entered.store(true, Relaxed);
         Ok(self.params.clone_ref(py))
     }
@@ -237,8 +300,19 @@ impl SlowWeights {
         if !self.entered.load(Relaxed) {
             return Err(Error::OutsideSlowWeights.into());
         }
-        self.engine.get().take()?.leave_slow_weights(py)?;
+        let engine = self.engine.get();
+        let left = engine.take(py)?.leave_slow_weights(py);
         self.entered.store(false, Relaxed);
-        Ok(())
+        engine.abandoned.store(left.is_err(), Relaxed);
+        left
+    }
+}
+
+impl Drop for SlowWeights {
+    /// A context that was entered by hand, and forgotten.
+    fn drop(&mut self) {
+        if *self.entered.get_mut() {
+            self.engine.get().abandoned.store(true, Relaxed);
+        }
     }
 }

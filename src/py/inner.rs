@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use numpy::PyUntypedArray;
 use numpy::prelude::*;
+use numpy::{PyArray1, PyUntypedArray};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyWeakrefReference;
@@ -49,7 +49,7 @@ pub struct OptionSpec {
     max_grad_value: Option<f64>,
     nonfinite: String,
     centralize: Option<isize>,
-    optimal: Option<f64>,
+    optimal: bool,
     master_weights: bool,
     state_dtype: Option<String>,
     seed: Option<u32>,
@@ -81,6 +81,7 @@ pub type Kind = (String, &'static str, Vec<usize>);
 pub struct Inner {
     arrays: Vec<(Py<PyUntypedArray>, Py<PyWeakrefReference>)>,
     leaves: Vec<Leaf>,
+    by_name: Vec<usize>,
     groups: Vec<Group>,
     arena: Arena,
     spans: Spans,
@@ -114,7 +115,9 @@ impl Inner {
         for ((name, param), &group) in names.into_iter().zip(params).zip(of_group) {
             let array = as_array(param, || name.clone())?;
             let header = header(array, || name.clone())?;
-            leaves.push(Leaf::new(name, group, &header)?);
+            // Blocks of 8-bit state are runs of elements, which must not depend on how an array lies.
+            let counting = options.state_dtype.as_deref() == Some("int8");
+            leaves.push(Leaf::new(name, group, &header, counting)?);
             arrays.push((
                 array.clone().unbind(),
                 PyWeakrefReference::new(array)?.unbind(),
@@ -158,10 +161,13 @@ impl Inner {
         }
         let arena = Arena::new(py, bytes)?;
         let ours = (arena.span.clone(), None);
+        let mut by_name: Vec<usize> = (0..leaves.len()).collect();
+        by_name.sort_by(|&a, &b| leaves[a].name.cmp(&leaves[b].name));
         let inner = Self {
             spans: Spans::new(of_leaves.into_iter().chain([ours])),
             arrays,
             leaves,
+            by_name,
             groups,
             arena,
             options: Options {
@@ -208,13 +214,14 @@ impl Inner {
             has: &has_grad,
             scale,
         };
-        let measures = self.options.optimal.filter(|_| self.cycles.ending(0) > 0);
+        let measures = self.options.optimal && self.cycles.ending(0) > 0;
         let starting = self.cycles.starting();
         let ending = match (self.options.optimal, measures) {
-            (Some(_), None) => 0,
-            (Some(_), Some(_)) => self.cycles.ending(0),
-            (None, _) => self.cycles.ending(1),
+            (true, false) => 0,
+            (true, true) => self.cycles.ending(0),
+            (false, _) => self.cycles.ending(1),
         };
+        let low = self.groups[0].slow_steps.first().copied().unwrap_or(1.0);
         let step = |all: &mut All| {
             // SAFETY: all have just been checked; we hold the leaves, and our caller the gradients.
             unsafe {
@@ -223,8 +230,8 @@ impl Inner {
                 if all.options.finite && bad.is_some() {
                     return (norm, bad, slow_step);
                 }
-                if let Some(low) = measures {
-                    let best = all.best_slow_step(grads, clip, low);
+                if measures {
+                    let best = all.best_slow_step(grads, low);
                     all.sync(ending, Some(best));
                     slow_step = Some(best);
                 } else {
@@ -242,8 +249,8 @@ impl Inner {
             self.skipped += 1;
             return Ok(());
         }
-        self.cycles.advance(u64::from(measures.is_none()), ending);
-        self.steps += u64::from(measures.is_none());
+        self.cycles.advance(u64::from(!measures), ending);
+        self.steps += u64::from(!measures);
         self.note_slow_step(ending, slow_step);
         Ok(())
     }
@@ -381,21 +388,9 @@ impl Inner {
             return Ok(self.arrays.iter().map(fast).collect());
         }
         if self.cycles.0.is_empty() {
-            self.enter_slow_weights(py)?;
-            let copies: PyResult<Vec<_>> = self
-                .arrays
-                .iter()
-                .map(|array| {
-                    let copy = fast(array).make(py, true)?;
-                    Ok(View {
-                        array: copy.unbind(),
-                        bytes: None,
-                        shape: None,
-                    })
-                })
-                .collect();
-            self.leave_slow_weights(py)?;
-            return copies;
+            self.check_params(py, true)?;
+            let indices = 0..self.leaves.len();
+            return indices.map(|index| self.average(py, index)).collect();
         }
         let views = self.leaves.iter().zip(&self.arrays).map(|(leaf, array)| {
             let group = &self.groups[leaf.group];
@@ -403,6 +398,29 @@ impl Inner {
             slow.map_or_else(|| fast(array), |row| self.whole(py, leaf, row.codes))
         });
         Ok(views.collect())
+    }
+
+    /// A leaf's weights to evaluate, in a new array.
+    fn average(&mut self, py: Python<'_>, index: usize) -> PyResult<View> {
+        let shape = Some(shape(&self.leaves[index]));
+        let n = self.leaves[index].len();
+        let all = self.all();
+        let array = if all.leaves[index].dtype == Dtype::F64 {
+            let numbers = PyArray1::<f64>::zeros(py, n, false);
+            // SAFETY: the leaves have just been checked, and nobody else has seen the new array.
+            unsafe { all.average(index, numbers.as_slice_mut()?) };
+            numbers.into_any()
+        } else {
+            let numbers = PyArray1::<f32>::zeros(py, n, false);
+            // SAFETY: as above.
+            unsafe { all.average(index, numbers.as_slice_mut()?) };
+            numbers.into_any()
+        };
+        Ok(View {
+            array: array.unbind(),
+            bytes: None,
+            shape,
+        })
     }
 
     /// Each leaf's state arrays, by name; those that are kept in fewer bits are copies in float32.
@@ -414,7 +432,7 @@ impl Inner {
                 if row.codec == Codec::Whole {
                     return Ok((name, self.whole(py, leaf, row.codes)));
                 }
-                let numbers = numpy::PyArray1::<f32>::zeros(py, leaf.len(), false);
+                let numbers = PyArray1::<f32>::zeros(py, leaf.len(), false);
                 // SAFETY: we have the arena to ourselves, and nobody else has seen the new array.
                 unsafe { read_row(&self.arena, row, numbers.as_slice_mut()?) };
                 let array = numbers.into_any().unbind();
@@ -471,9 +489,11 @@ impl Inner {
     /// Copies of all that a run is: of each leaf its parameter and what is kept for it, in the order of [`Self::kinds`].
     pub fn dump<'py>(&self, py: Python<'py>) -> PyResult<Vec<Vec<Bound<'py, PyAny>>>> {
         self.check_params(py, true)?;
+        let array_of = py.import("numpy")?.getattr("array")?;
         let mut all = Vec::with_capacity(self.leaves.len());
         for (leaf, (array, _)) in self.leaves.iter().zip(&self.arrays) {
-            let mut copies = vec![array.bind(py).call_method0("copy")?];
+            // A plain array, whatever the parameter is.
+            let mut copies = vec![array_of.call1((array,))?];
             for ((_, dtype, shape_of), byte) in self.kinds_of(leaf) {
                 let view = if shape_of == *leaf.shape && dtype != "uint8" {
                     self.bits(py, leaf, byte, dtype)
@@ -560,6 +580,7 @@ impl Inner {
             (cycle.done, cycle.syncs) = (done, syncs);
         }
         (self.steps, self.skipped, self.carry) = (counters.steps, counters.skipped, counters.carry);
+        (self.grad_norm, self.slow_step) = (None, None);
         self.take_groups(of_group, groups);
         Ok(())
     }
@@ -610,11 +631,6 @@ impl Inner {
                 .map(|leaf| (leaf.steps, leaf.carry))
                 .collect(),
         }
-    }
-
-    /// The order in which each leaf's axes are walked: 8-bit state is kept in that order.
-    pub fn orders(&self) -> Vec<Vec<usize>> {
-        self.leaves.iter().map(|leaf| leaf.order.to_vec()).collect()
     }
 
     /// Checks each parameter against what it was; where it was locked since, that may be `forgiven`.
@@ -688,17 +704,22 @@ impl Inner {
         if !self.arena.is_whole(py) {
             return Err(Error::Internal.into());
         }
-        let mut all = All {
-            arena: &self.arena,
-            groups: &self.groups,
-            leaves: &mut self.leaves,
-            cycles: &self.cycles,
-            options: self.options,
-            carry: &mut self.carry,
-        };
+        let mut all = self.all();
         let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| work(&mut all))));
         self.broken |= outcome.is_err();
         outcome.map_err(|_| Error::Internal.into())
+    }
+
+    fn all(&mut self) -> All<'_> {
+        All {
+            arena: &self.arena,
+            groups: &self.groups,
+            leaves: &mut self.leaves,
+            by_name: &self.by_name,
+            cycles: &self.cycles,
+            options: self.options,
+            carry: &mut self.carry,
+        }
     }
 
     /// A view of a row that is kept as it is computed.
@@ -808,8 +829,9 @@ impl GroupSpec {
             double: kernel::<f64>(&self.kernel)?,
             rows: Rows::new(
                 single.state,
+                single.weights.len(),
                 &cycles.0,
-                options.optimal.is_some(),
+                options.optimal,
                 options.master_weights,
             ),
             keeps_fewer: options.state_dtype.is_some(),

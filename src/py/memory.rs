@@ -277,7 +277,7 @@ pub struct Needs<'a, F> {
 /// How a gradient is lent.
 #[derive(Clone, Copy)]
 pub struct Prepared<'a, F> {
-    pub prepare: &'a Prepare<F>,
+    pub prepare: Prepare,
     pub means: Option<&'a Means<F>>,
 }
 
@@ -322,7 +322,7 @@ pub unsafe fn visit<F: Number>(
     let p_slice = leaf.p.slice::<F>(leaf.dtype);
     let g_slice = needs
         .g
-        .filter(|g| g.prepare.is_nothing() && g.means.is_none())
+        .filter(|g| g.prepare == Prepare::NOTHING && g.means.is_none())
         .and_then(|_| leaf.g.slice::<F>(leaf.g_dtype));
     let keeps_fewer = F::DTYPE == Dtype::F32 && group.keeps_fewer;
     let coded = keeps_fewer && matches!(needs.rows, Use::Read | Use::Write);
@@ -373,9 +373,7 @@ pub unsafe fn visit<F: Number>(
                 let copy = g_copy.expect("there is a scratch");
                 // SAFETY: as the caller vouches.
                 unsafe { leaf.g.load(leaf.g_dtype, range.clone(), copy) };
-                if !prepared.prepare.is_nothing() {
-                    prepared.prepare.apply(level, copy);
-                }
+                prepared.prepare.apply(level, copy);
                 if let Some(means) = prepared.means {
                     means.subtract(start, copy);
                 }

@@ -26,8 +26,8 @@ pub struct Options {
     pub finite: bool,
     /// The axis of a gradient along which means stay; those of all others are taken away.
     pub centralize: Option<isize>,
-    /// The smallest slow step, where the best one is measured.
-    pub optimal: Option<f64>,
+    /// Whether the best slow step is measured; the group's own is then the smallest that it may be.
+    pub optimal: bool,
 }
 
 /// All leaves, and what a call needs to know of the optimizer.
@@ -35,6 +35,8 @@ pub struct All<'a> {
     pub arena: &'a Arena,
     pub groups: &'a [Group],
     pub leaves: &'a mut [Leaf],
+    /// Leaves by their names: what is added up over leaves is so in this order, wherever in a dict they stand.
+    pub by_name: &'a [usize],
     pub cycles: &'a Cycles,
     pub options: Options,
     /// What a rule carries for all leaves.
@@ -57,7 +59,8 @@ impl All<'_> {
         // SAFETY: as the caller vouches.
         unsafe {
             let squares = self.squares(grads, 1.0);
-            if (1e-290..f64::INFINITY).contains(&squares) {
+            let hidden = self.options.finite && self.options.max_value.is_some();
+            if !hidden && (1e-290..f64::INFINITY).contains(&squares) {
                 return (squares.sqrt(), None);
             }
             // Squares of float64 may vanish or overflow where the norm does not: then once more, in other units.
@@ -66,6 +69,9 @@ impl All<'_> {
                 .into_iter()
                 .chain(self.not_finite::<f64>(grads))
                 .min();
+            if (1e-290..f64::INFINITY).contains(&squares) {
+                return (squares.sqrt(), bad);
+            }
             let unit = if squares < 1.0 { 1e160 } else { 1e-160 };
             (self.squares(grads, unit).sqrt() / unit, bad)
         }
@@ -85,24 +91,25 @@ impl All<'_> {
                 total.close(range.end, leaf.len());
             };
             // SAFETY: as the caller vouches.
-            unsafe { self.gradient(leaf, grads, &mut scratch, each) };
+            unsafe { self.gradient(leaf, grads, self.options.max_value, &mut scratch, each) };
             squares += total.sums[0];
         }
         squares
     }
 
     unsafe fn not_finite<F: Number>(&self, grads: Grads) -> Option<usize> {
-        let mut scratch = None;
+        let (mut first, mut scratch) = (None, None);
         for (index, leaf) in self.leaves_of::<F>(grads.has) {
             let mut bad = false;
             let each = |_, g: &[F]| bad |= g.iter().any(|x| !x.is_number());
+            // An infinity is no less one where it would be cut.
             // SAFETY: as the caller vouches.
-            unsafe { self.gradient(leaf, grads, &mut scratch, each) };
+            unsafe { self.gradient(leaf, grads, None, &mut scratch, each) };
             if bad {
-                return Some(index);
+                first = Some(first.unwrap_or(index).min(index));
             }
         }
-        None
+        first
     }
 
     /// Lends a leaf's gradient, before its norm is known.
@@ -110,16 +117,20 @@ impl All<'_> {
         &self,
         leaf: &Leaf,
         grads: Grads,
+        limit: Option<f64>,
         scratch: &mut Option<Box<Scratch<F>>>,
         mut each: impl FnMut(Range<usize>, &[F]),
     ) {
         let group = &self.groups[leaf.group];
-        let prepare = self.prepare(group, grads, 1.0);
+        let prepare = Prepare {
+            limit,
+            ..self.prepare(group, grads, 1.0)
+        };
         let needs = Needs {
             p: Use::Nothing,
             rows: Use::Nothing,
             g: Some(Prepared {
-                prepare: &prepare,
+                prepare,
                 means: None,
             }),
             several: false,
@@ -136,14 +147,9 @@ impl All<'_> {
     ///
     /// # Safety
     /// As [`visit`], for all leaves and gradients.
-    pub unsafe fn best_slow_step(&self, grads: Grads, clip: f64, low: f64) -> f64 {
+    pub unsafe fn best_slow_step(&self, grads: Grads, low: f64) -> f64 {
         // SAFETY: as the caller vouches.
-        let [first, change] = unsafe {
-            plus(
-                self.slopes::<f32>(grads, clip),
-                self.slopes::<f64>(grads, clip),
-            )
-        };
+        let [first, change] = unsafe { plus(self.slopes::<f32>(grads), self.slopes::<f64>(grads)) };
         // Slopes along the way from slow to fast: `first` at slow, `change` less at fast.
         if change < 0.0 {
             (first / change).clamp(low, 1.0)
@@ -154,24 +160,24 @@ impl All<'_> {
         }
     }
 
-    unsafe fn slopes<F: Number>(&self, grads: Grads, clip: f64) -> [f64; SUMS] {
+    unsafe fn slopes<F: Number>(&self, grads: Grads) -> [f64; SUMS] {
         let (mut sums, mut scratch) = ([0.0; SUMS], None);
         for (_, leaf) in self.leaves_of::<F>(grads.has) {
             let group = &self.groups[leaf.group];
-            let prepare = self.prepare(group, grads, clip);
+            let prepare = self.prepare(group, grads, 1.0);
             // SAFETY: as the caller vouches.
-            let means = unsafe { self.means(group, leaf, &prepare, &mut scratch) };
+            let means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
             let needs = Needs {
                 p: Use::Read,
                 rows: Use::Whole,
                 g: Some(Prepared {
-                    prepare: &prepare,
+                    prepare,
                     means: means.as_ref(),
                 }),
                 several: true,
             };
             let step = Self::step_of::<F>(group, leaf, &[], 0, &[]);
-            let (slow, begun) = (group.rows.slow(), group.rows.gradient);
+            let (slow, begun) = (group.rows.innermost(), group.rows.gradient);
             let (slow, begun) = (slow.expect("a cycle"), begun.expect("a row for it"));
             let mut total = Total::default();
             let each = |range: Range<usize>, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>| {
@@ -180,10 +186,10 @@ impl All<'_> {
                 let slow = take(kept.row(slow));
                 let before = take(kept.row(begun));
                 total.chunk.add_each(p.len(), |i| {
-                    let way = p[i].double() - slow[i].double();
+                    let way = p[i].widened() - slow[i].widened();
                     [
-                        way * before[i].double(),
-                        way * (before[i].double() - now[i].double()),
+                        way * before[i].widened(),
+                        way * (before[i].widened() - now[i].widened()),
                     ]
                 });
                 total.close(range.end, leaf.len());
@@ -260,6 +266,35 @@ impl All<'_> {
         }
     }
 
+    /// Writes a leaf's weights to evaluate into `into`, in the leaf's order.
+    ///
+    /// # Safety
+    /// As [`visit`], for the leaf.
+    pub unsafe fn average<F: Number>(&self, index: usize, into: &mut [F]) {
+        let leaf = &self.leaves[index];
+        let group = &self.groups[leaf.group];
+        let kernel = F::kernel(group);
+        let evaluate = kernel.evaluate.filter(|_| leaf.steps > 0 && !group.frozen);
+        let scalars = (kernel.scalars)(&group.hyper, 1.0, &mut leaf.carry.clone(), [0.0; SUMS]);
+        let step = Self::step_of::<F>(group, leaf, &scalars, 0, &[]);
+        let needs = Needs {
+            p: Use::Read,
+            rows: Use::Read,
+            g: None,
+            several: true,
+        };
+        let each = |range: Range<usize>, p: &mut [F], _: Option<&[F]>, kept: &mut Kept<F>| {
+            let into = &mut into[range];
+            into.copy_from_slice(p);
+            step.load(into, kept);
+            if let Some(evaluate) = evaluate {
+                evaluate(step.level, step.scalars, into, kept);
+            }
+        };
+        // SAFETY: as the caller vouches.
+        unsafe { visit(self.arena, group, leaf, needs, &mut None, each) };
+    }
+
     unsafe fn exchange<F: Number>(&self, enter: bool) {
         let mut scratch = None;
         for leaf in &*self.leaves {
@@ -331,12 +366,12 @@ impl All<'_> {
             scalars.of(kernel, group, leaf, self.carry, [0.0; SUMS]);
             let prepare = self.prepare(group, grads, clip);
             // SAFETY: as the caller vouches.
-            let means = unsafe { self.means(group, leaf, &prepare, &mut scratch) };
+            let means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
             let needs = Needs {
                 p: Use::Read,
                 rows: Use::Write,
                 g: Some(Prepared {
-                    prepare: &prepare,
+                    prepare,
                     means: means.as_ref(),
                 }),
                 several: false,
@@ -364,7 +399,8 @@ impl All<'_> {
         sums: &[[f64; SUMS]],
         shared: &mut [f64; CARRY],
     ) {
-        let all_sums = sums.iter().copied().fold([0.0; SUMS], plus);
+        let by_name = self.by_name.iter().filter_map(|&index| sums.get(index));
+        let all_sums = by_name.copied().fold([0.0; SUMS], plus);
         let syncs = self.syncs::<F>(ending, None);
         let mut scratch = None;
         let mut scalars = Scalars::default();
@@ -387,9 +423,12 @@ impl All<'_> {
                 };
                 scalars.of(kernel, group, leaf, self.carry, sums);
                 // SAFETY: as the caller vouches.
-                means = unsafe { self.means(group, leaf, &prepare, &mut scratch) };
+                means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
             }
-            let step = Self::step_of(group, leaf, &scalars.values, starting, syncs);
+            let step = Step {
+                unclip: F::round(1.0 / clip),
+                ..Self::step_of(group, leaf, &scalars.values, starting, syncs)
+            };
             let needs = Needs {
                 p: Use::Write,
                 rows: if moved || syncs.iter().any(Sync::moves_state) {
@@ -398,7 +437,7 @@ impl All<'_> {
                     Use::Whole
                 },
                 g: moved.then_some(Prepared {
-                    prepare: &prepare,
+                    prepare,
                     means: means.as_ref(),
                 }),
                 several: starting.max(ending) > 1
@@ -478,23 +517,26 @@ impl All<'_> {
         (clip, Some(norm), bad)
     }
 
-    /// The leaves of a format that the rule moves.
+    /// The leaves of a format that the rule moves, by their names.
     fn leaves_of<'a, F: Number>(
         &'a self,
         has: &'a [bool],
     ) -> impl Iterator<Item = (usize, &'a Leaf)> {
-        let all = self.leaves.iter().enumerate();
+        let all = self
+            .by_name
+            .iter()
+            .map(|&index| (index, &self.leaves[index]));
         all.filter(|&(index, leaf)| {
             has[index] && leaf.dtype.compute() == F::DTYPE && !self.groups[leaf.group].frozen
         })
     }
 
-    fn prepare<F: Element>(&self, group: &Group, grads: Grads, clip: f64) -> Prepare<F> {
+    fn prepare(&self, group: &Group, grads: Grads, clip: f64) -> Prepare {
         let sign = if group.maximize { -1.0 } else { 1.0 };
         Prepare {
-            factor: F::round(sign * grads.scale),
-            limit: self.options.max_value.map(F::round),
-            clip: F::round(clip),
+            factor: sign * grads.scale,
+            limit: self.options.max_value,
+            clip,
         }
     }
 
@@ -503,7 +545,7 @@ impl All<'_> {
         &self,
         group: &Group,
         leaf: &Leaf,
-        prepare: &Prepare<F>,
+        prepare: Prepare,
         scratch: &mut Option<Box<Scratch<F>>>,
     ) -> Option<Means<F>> {
         let dims = leaf.shape.len();
@@ -562,6 +604,8 @@ impl All<'_> {
             syncs,
             rows: &group.rows,
             dtype: leaf.dtype,
+            fresh: leaf.steps == 0,
+            unclip: F::ONE,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! code.
 //! Where the denominator is zero, the gradient's square is, and the update is the decay alone.
 
-use crate::rule::{complement, finite, rule, select, sqrt};
+use crate::rule::{complement, finite, rule, select, sqrt, wide};
 
 rule!(
     Lamb,
@@ -23,8 +23,8 @@ rule!(
         let z = sqrt(v) * root + eps;
         let r = select(whole * m / z, 0.0, z == 0.0);
         let d = select(r + weight_decay * p, r, weight_decay == 0.0);
-        pp = p * p;
-        uu = d * d;
+        pp = wide(p) * wide(p);
+        uu = wide(d) * wide(d);
     },
     |p, g| {
         let z = sqrt(v) * root + eps;

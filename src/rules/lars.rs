@@ -3,7 +3,7 @@
 //! Where the weights or the gradients of a leaf are all zero, which the paper leaves open, the trust is 1, as in the
 //! authors' code.
 
-use crate::rule::{rule, select};
+use crate::rule::{rule, select, wide};
 
 rule!(
     Lars,
@@ -11,8 +11,8 @@ rule!(
     state(m),
     |t| scalars(rate = lr * trust(trust_coefficient, weight_decay, pp.sqrt(), gg.sqrt())),
     measure Leaf(pp, gg) |p, g| {
-        pp = p * p;
-        gg = g * g;
+        pp = wide(p) * wide(p);
+        gg = wide(g) * wide(g);
     },
     |p, g| {
         let d = select(g + weight_decay * p, g, weight_decay == 0.0);

@@ -5,7 +5,7 @@
 //! `lr` zero, averages go on here and stand still there.
 //! Where the denominator is zero, the gradient's square is, and the update is the decay alone.
 
-use crate::rule::{abs, complement, finite, rule, select, sqrt};
+use crate::rule::{abs, complement, finite, rule, select, sqrt, wide};
 
 rule!(
     Prodigy,
@@ -23,8 +23,9 @@ rule!(
         a1 = before * (1.0 - b1),
         a2 = before * before * (1.0 - b2),
         a3 = before / d0 * (if safeguard_warmup > 0.0 { before } else { rate }),
-        seen = if norm == 0.0 || lr == 0.0 { 0.0 } else { 1.0 },
-        numerator = beta3 * d_numerator + before / d0 * rate * along,
+        seen = if norm == 0.0 { 0.0 } else { 1.0 },
+        weight = before / d0 * rate,
+        numerator = beta3 * d_numerator + along,
         hat = if seen > 0.0 { d_coef * numerator / norm } else { 0.0 },
         d_max = (if d_max == 0.0 { d0 } else { d_max }).max(hat),
         grown = growth_rate * (if before > d0 { before } else { before.max(hat) }),
@@ -39,8 +40,8 @@ rule!(
         m = b1 * m + a1 * g;
         v = finite(b2 * v + a2 * (g * g));
         s = beta3 * s + a3 * g;
-        along = select(g * (p0 - p), 0.0, p0 == p);
-        norm = abs(s);
+        along = select(wide(weight) * (wide(g) * wide(p0 - p)), 0.0, p0 == p);
+        norm = wide(abs(s));
     },
     |p, g| {
         let z = sqrt(v) + floor;
