@@ -17,8 +17,9 @@ rule!(
         root = 1.0 / complement(b2, t).sqrt(),
     ),
     |p, g| {
+        // The gradient less its new average, without the digits that these have in common where b1 is small.
+        let surprise = b1 * (g - m);
         m = b1 * m + a1 * g;
-        let surprise = g - m;
         v = finite(b2 * v + a2 * (surprise * surprise) + eps);
         let z = sqrt(v) * root + eps;
         p = keep * p - select(size * m / z, 0.0, z == 0.0);

@@ -21,10 +21,11 @@ rule!(
         a2 = 1.0 - b2,
         coupled = weight_decay * (1.0 - decoupled_weight_decay),
         keep = 1.0 - lr * weight_decay * decoupled_weight_decay,
-        mu = momentum(b1, momentum_decay, t),
-        mu_next = momentum(b1, momentum_decay, t + 1.0),
+        lag = warmth(b1, momentum_decay, t),
+        mu = b1 - lag,
+        mu_next = b1 - warmth(b1, momentum_decay, t + 1.0),
         mu_product = if t > 1.0 { mu_product * mu } else { mu },
-        size_g = lr * (1.0 - mu) / (1.0 - mu_product),
+        size_g = lr * ((1.0 - b1) + lag) / (1.0 - mu_product),
         size_m = lr * mu_next / (1.0 - mu_product * mu_next),
         root = 1.0 / complement(b2, t).sqrt(),
     ),
@@ -37,7 +38,7 @@ rule!(
     },
 );
 
-/// The paper's mu of step `t`, which warms up from half of `b1`. From `libm`, as [`complement`].
-fn momentum(b1: f64, momentum_decay: f64, t: f64) -> f64 {
-    b1 * (1.0 - 0.5 * libm::pow(0.96, t * momentum_decay))
+/// How far the paper's mu of step `t` is from `b1`: half of it at first. From `libm`, as [`complement`].
+fn warmth(b1: f64, momentum_decay: f64, t: f64) -> f64 {
+    b1 * 0.5 * libm::pow(0.96, t * momentum_decay)
 }

@@ -19,7 +19,7 @@ rule!(
         weight = weight(r, weight_lr_power, lr_max, t),
         weight_sum = weight_sum + weight,
         c = share(weight, weight_sum),
-        slip = rate * (1.0 - momentum * (1.0 - c)),
+        slip = rate * ((1.0 - momentum) + momentum * c),
         beyond = 1.0 - 1.0 / momentum,
     ),
     |p, g| {
@@ -46,7 +46,7 @@ rule!(
         weight = weight(r, weight_lr_power, lr_max, t),
         weight_sum = weight_sum + weight,
         c = share(weight, weight_sum),
-        slip = rate * (1.0 - b1 * (1.0 - c)),
+        slip = rate * ((1.0 - b1) + b1 * c),
         beyond = 1.0 - 1.0 / b1,
     ),
     |p, g| {
