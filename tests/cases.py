@@ -35,7 +35,17 @@ class Case:
     @property
     def oracle(self) -> Callable[..., Any]:
         """`oracle(p, g, state, t) -> p`, in float64."""
-        hyper = self.hyper
+        return self.oracle_in(float)
+
+    def oracle_in(self, number: Callable[[float], Any]) -> Callable[..., Any]:
+        """`oracle(p, g, state, t) -> p` with hyper-parameters of a wider type."""
+
+        def of_type(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(of_type, value))
+            return number(value) if isinstance(value, float) else value
+
+        hyper = {name: of_type(value) for name, value in self.hyper.items()}
         sign = -1 if hyper.pop("maximize") else 1
         return lambda p, g, state, t: self.reference(p, sign * g, state, t, **hyper)
 

@@ -1,5 +1,6 @@
 """Random hyper-parameters, by name: what every rule is compared with its peers over."""
 
+import math
 from dataclasses import fields
 
 
@@ -12,9 +13,13 @@ def between(low, high):
     return lambda rng: rng.uniform(low, high)
 
 
+def or_else(value, draw):
+    """This value once in three times: many a rule does another thing then."""
+    return lambda rng: value if rng.random() < 1 / 3 else draw(rng)
+
+
 def or_zero(draw):
-    """Zero once in three times: many a rule does another thing then."""
-    return lambda rng: 0.0 if rng.random() < 1 / 3 else draw(rng)
+    return or_else(0.0, draw)
 
 
 def flag(rng):
@@ -25,7 +30,7 @@ def flag(rng):
 # small difference, and nothing that two programs could agree on. So alpha is not small. Nor is eps zero: torch's 0/0.
 DRAWS = {
     "lr": power(1e-3, 0.5),
-    "betas": lambda rng: (rng.uniform(0, 0.99), 1 - power(3e-4, 0.5)(rng)),
+    "betas": lambda rng, n: (*rng.uniform(0, 0.99, n - 1).tolist(), 1 - power(3e-4, 0.5)(rng)),
     "eps": power(1e-10, 1e-2),
     "weight_decay": or_zero(power(1e-3, 0.5)),
     "momentum": or_zero(between(0.1, 0.99)),
@@ -39,12 +44,29 @@ DRAWS = {
     "step_sizes": lambda rng: (power(1e-6, 1e-2)(rng), power(1e-1, 50)(rng)),
     "lambd": or_zero(power(1e-4, 0.3)),
     "t0": lambda rng: float(rng.integers(60)),
+    "trust_coefficient": power(1e-3, 1),
+    "warmup_steps": lambda rng: int(rng.integers(60)),
+    "r": or_zero(between(0.1, 2)),
+    "weight_lr_power": or_zero(between(0.5, 3)),
+    "beta3": or_else(None, between(0, 0.999)),
+    "d0": power(1e-6, 1e-1),
+    "d_coef": power(0.1, 10),
+    "growth_rate": or_else(math.inf, between(1, 2)),
 }
+
+
+def draw_of(field):
+    """Draws a hyper-parameter."""
+    if isinstance(field.default, bool):
+        return flag
+    if field.name == "betas":
+        return lambda rng: DRAWS["betas"](rng, len(field.default))
+    return DRAWS[field.name]
 
 
 def random_rule(rule, rng):
     """One of class `rule`."""
-    draws = {field.name: flag if isinstance(field.default, bool) else DRAWS[field.name] for field in fields(rule)}
+    draws = {field.name: draw_of(field) for field in fields(rule)}
     while True:
         try:
             return rule(**{name: draw(rng) for name, draw in draws.items()})

@@ -1,11 +1,13 @@
-"""The float64 oracle: every rule, and Lookahead, as the papers write them.
+"""The oracle: every rule, and Lookahead, as the papers write them.
 
-One function a rule moves one array by one gradient. `state` is a dict that the function fills on its first call; `t`
-counts steps from 1. Nothing here is taken from the package, nothing is fast,
+One function a rule moves one array by one gradient. `state` is a dict that the function fills on its first call, under
+the names that the rule has for it; `t` counts steps from 1. All is computed in the type of what comes in: float64, or
+80 bits, where hyper-parameters have to be of that type, too. Nothing here is taken from the package, nothing is fast,
 and what depends on the step alone is exact.
 """
 
-from fractions import Fraction
+from decimal import Decimal, localcontext
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,9 +20,21 @@ def sgd(p, g, state, t, *, lr, momentum, dampening, weight_decay, nesterov):
     return p - lr * (g + momentum * state["m"] if nesterov else state["m"])
 
 
+DIGITS = 60
+"""Of what depends on the step alone: a difference of float64 powers would lose the digits that they have in common."""
+
+
+def decimal(x):
+    """A float of any type, to all its digits."""
+    whole, part = x.as_integer_ratio()
+    return Decimal(whole) / part
+
+
+@lru_cache(maxsize=None, typed=True)
 def complement(b, t):
-    """1 - b^t, exactly: a difference of float64 powers loses the digits that they have in common."""
-    return float(1 - Fraction(b) ** t)
+    """1 - b^t, rounded once."""
+    with localcontext(prec=DIGITS):
+        return type(b)(str(1 - decimal(b) ** t))
 
 
 def moments(g, state, b1, b2):
@@ -62,12 +76,14 @@ def radam(p, g, state, t, *, lr, betas, eps, weight_decay, decoupled_weight_deca
     p, g = decayed(p, g, lr, weight_decay, decoupled_weight_decay)
     m, v = moments(g, state, b1, b2)
     m_hat = m / complement(b1, t)
-    power = Fraction(b2) ** t
-    rho_inf = 2 / (1 - Fraction(b2)) - 1
-    rho = rho_inf - 2 * t * power / (1 - power)
-    if rho <= 5:
-        return p - lr * m_hat
-    r = np.sqrt(float((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)))
+    with localcontext(prec=DIGITS):
+        power = decimal(b2) ** t
+        rho_inf = 2 / (1 - decimal(b2)) - 1
+        rho = rho_inf - 2 * t * power / (1 - power)
+        if rho <= 5:
+            return p - lr * m_hat
+        squared = (rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)
+        r = type(b2)(str(squared.sqrt()))
     return p - lr * r * ratio(m_hat * np.sqrt(complement(b2, t)), np.sqrt(v) + eps)
 
 
@@ -75,7 +91,7 @@ def nadam(p, g, state, t, *, lr, betas, eps, weight_decay, momentum_decay, decou
     b1, b2 = betas
     p, g = decayed(p, g, lr, weight_decay, decoupled_weight_decay)
     m, v = moments(g, state, b1, b2)
-    mu, mu_next = (b1 * (1 - 0.96 ** (i * momentum_decay) / 2) for i in (t, t + 1))
+    mu, mu_next = (b1 * (1 - type(b1)(0.96) ** (i * momentum_decay) / 2) for i in (t, t + 1))
     product = state["mu_product"] = state.get("mu_product", 1.0) * mu
     m_bar = (1 - mu) * g / (1 - product) + mu_next * m / (1 - product * mu_next)
     return p - lr * ratio(m_bar, np.sqrt(v / complement(b2, t)) + eps)
@@ -108,12 +124,15 @@ def rmsprop(p, g, state, t, *, lr, alpha, eps, weight_decay, momentum, centered)
     """The variance is summed as such, from deviations: no difference of large numbers is taken.
 
     With weights w that sum to s, the sum of w g^2 less the square of the sum of w g = m is that of w (g - m / s)^2, and
-    (1 / s - 1) m^2.
+    (1 / s - 1) m^2. Where it goes on from a state, gradients are not known, and it is the difference.
     """
     g = g + weight_decay * p
     state["v"] = alpha * state.get("v", 0.0) + (1 - alpha) * g**2
     square = state["v"]
-    if centered:
+    if centered and t > 1 and "gradients" not in state:
+        state["m"] = alpha * state["m"] + (1 - alpha) * g
+        square = np.maximum(0, square - state["m"] ** 2)
+    elif centered:
         past = state.setdefault("gradients", [])
         past.append(g)
         w = np.reshape([(1 - alpha) * alpha**i for i in reversed(range(t))], (-1, *(1,) * np.ndim(g)))
@@ -126,11 +145,11 @@ def rmsprop(p, g, state, t, *, lr, alpha, eps, weight_decay, momentum, centered)
 
 def rprop(p, g, state, t, *, lr, etas, step_sizes):
     minus, plus = etas
-    last, size = state.get("last", np.zeros_like(g)), state.get("size", np.full_like(g, lr))
-    change = np.sign(g) * np.sign(last)
-    state["size"] = np.clip(size * np.select([change > 0, change < 0], [plus, minus], 1.0), *step_sizes)
-    state["last"] = np.where(change < 0, 0.0, g)
-    return p - state["size"] * np.sign(state["last"])
+    sign, size = state.get("s", np.zeros_like(g)), state.get("u", np.full_like(g, lr))
+    change = np.sign(g) * sign
+    state["u"] = np.clip(size * np.select([change > 0, change < 0], [plus, minus], 1.0), *step_sizes)
+    state["s"] = np.where(change < 0, 0.0, np.sign(g))
+    return p - state["u"] * state["s"]
 
 
 def asgd(p, g, state, t, *, lr, lambd, alpha, t0, weight_decay):
@@ -173,8 +192,8 @@ def signum(p, g, state, t, *, lr, momentum, weight_decay):
 def adabelief(p, g, state, t, *, lr, betas, eps, weight_decay):
     b1, b2 = betas
     m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
-    s = state["s"] = b2 * state.get("s", 0.0) + (1 - b2) * (g - m) ** 2 + eps
-    direction = ratio(m / complement(b1, t), np.sqrt(s / complement(b2, t)) + eps)
+    v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * (g - m) ** 2 + eps
+    direction = ratio(m / complement(b1, t), np.sqrt(v / complement(b2, t)) + eps)
     return p - lr * weight_decay * p - lr * direction
 
 
@@ -189,19 +208,19 @@ def yogi(p, g, state, t, *, lr, betas, eps, weight_decay, initial_accumulator_va
 
 def adan(p, g, state, t, *, lr, betas, eps, weight_decay, no_prox):
     b1, b2, b3 = betas
-    change = g - state.get("g", g)
-    state["g"] = g
+    change = g - state.get("g_prev", g)
+    state["g_prev"] = g
     m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
-    v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * change
-    n = state["n"] = b3 * state.get("n", 0.0) + (1 - b3) * (g + b2 * change) ** 2
-    ahead = m / complement(b1, t) + b2 * v / complement(b2, t)
-    u = lr * ratio(ahead, np.sqrt(n / complement(b3, t)) + eps)
+    d = state["d"] = b2 * state.get("d", 0.0) + (1 - b2) * change
+    v = state["v"] = b3 * state.get("v", 0.0) + (1 - b3) * (g + b2 * change) ** 2
+    ahead = m / complement(b1, t) + b2 * d / complement(b2, t)
+    u = lr * ratio(ahead, np.sqrt(v / complement(b3, t)) + eps)
     return p - lr * weight_decay * p - u if no_prox else (p - u) / (1 + lr * weight_decay)
 
 
 def schedule_free(y, step, state, t, *, lr, beta, warmup_steps, r, weight_lr_power):
     """Moves `y` by `step`, the direction of the base optimizer; `state` has x, as the paper, and only for y moved."""
-    rate = lr * (min(1, t / warmup_steps) if warmup_steps else 1)
+    rate = lr * t / warmup_steps if t < warmup_steps else lr
     state["lr_max"] = max(rate, state.get("lr_max", 0.0))
     weight = t**r * state["lr_max"] ** weight_lr_power
     state["weight_sum"] = state.get("weight_sum", 0.0) + weight
@@ -227,8 +246,8 @@ def schedule_free_adamw(p, g, state, t, *, betas, eps, weight_decay, **schedule)
 def lars(p, g, state, t, *, lr, momentum, weight_decay, trust_coefficient):
     weights, gradients = np.linalg.norm(p), np.linalg.norm(g)
     trust = trust_coefficient * weights / (gradients + weight_decay * weights) if weights and gradients else 1
-    v = state["v"] = momentum * state.get("v", 0.0) + lr * trust * (g + weight_decay * p)
-    return p - v
+    m = state["m"] = momentum * state.get("m", 0.0) + lr * trust * (g + weight_decay * p)
+    return p - m
 
 
 def lamb(p, g, state, t, *, lr, betas, eps, weight_decay):
@@ -264,7 +283,7 @@ def prodigy(
     s = state["s"] = b3 * state.get("s", 0.0) + d / d0 * (d if safeguard_warmup else gamma) * g
     if not s.any() or lr == 0:
         return p
-    r = state["r"] = b3 * state.get("r", 0.0) + d / d0 * gamma * np.sum(g * (p0 - p))
+    r = state["d_numerator"] = b3 * state.get("d_numerator", 0.0) + d / d0 * gamma * np.sum(g * (p0 - p))
     estimate = d_coef * r / np.abs(s).sum()
     d_max = state["d_max"] = max(state.get("d_max", d0), estimate)
     state["d"] = min(d_max, (max(d, estimate) if d == d0 else d) * growth_rate)
