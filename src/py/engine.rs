@@ -1,7 +1,7 @@
 //! The classes that Python sees.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
 use pyo3::prelude::*;
@@ -23,8 +23,8 @@ pub struct Engine {
     skipped: AtomicU64,
     /// Who has it, while somebody has: a process, and a thread.
     owner: AtomicU64,
-    /// Whether the context in which params hold the slow weights has ended without putting the fast ones back.
-    abandoned: AtomicBool,
+    /// The last entry into a context whose end could not put the fast weights back.
+    abandoned: AtomicU64,
     /// The bits of a number, or [`NONE`].
     grad_norm: AtomicU64,
     slow_step: AtomicU64,
@@ -107,11 +107,10 @@ impl Engine {
     fn take_fast(&self, py: Python<'_>) -> PyResult<Held<'_>> {
         let mut inner = self.take(py)?;
         if inner.inside_slow_weights() {
-            if !self.abandoned.load(Relaxed) {
+            if self.abandoned.load(Relaxed) != inner.entries {
                 return Err(Error::InsideSlowWeights.into());
             }
             inner.leave_slow_weights(py)?;
-            self.abandoned.store(false, Relaxed);
         }
         Ok(inner)
     }
@@ -146,7 +145,7 @@ impl Engine {
             syncs: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
             owner: AtomicU64::new(0),
-            abandoned: AtomicBool::new(false),
+            abandoned: AtomicU64::new(0),
             grad_norm: AtomicU64::new(NONE),
             slow_step: AtomicU64::new(NONE),
         })
@@ -178,7 +177,7 @@ impl Engine {
         SlowWeights {
             engine: self_,
             params,
-            entered: AtomicBool::new(false),
+            entry: AtomicU64::new(0),
         }
     }
 
@@ -283,36 +282,39 @@ impl Engine {
 pub struct SlowWeights {
     engine: Py<Engine>,
     params: Py<PyAny>,
-    entered: AtomicBool,
+    /// Which entry into such a context this was; 0 before.
+    entry: AtomicU64,
 }
 
 #[pymethods]
 impl SlowWeights {
     fn __enter__(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        self.engine.get().take_fast(py)?.enter_slow_weights(py)?;
-        self.entered.store(true, Relaxed);
+        let mut inner = self.engine.get().take_fast(py)?;
+        inner.enter_slow_weights(py)?;
+        self.entry.store(inner.entries, Relaxed);
         Ok(self.params.clone_ref(py))
     }
 
     /// Puts the fast weights back, even into an array that was made read-only meanwhile.
     #[pyo3(signature = (*_exception))]
     fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) -> PyResult<()> {
-        if !self.entered.load(Relaxed) {
+        let engine = self.engine.get();
+        let entry = self.entry.load(Relaxed);
+        let mut inner = engine.take(py)?;
+        if entry != inner.entries || !inner.inside_slow_weights() {
             return Err(Error::OutsideSlowWeights.into());
         }
-        let engine = self.engine.get();
-        let left = engine.take(py)?.leave_slow_weights(py);
-        self.entered.store(false, Relaxed);
-        engine.abandoned.store(left.is_err(), Relaxed);
-        left
+        engine.abandoned.store(entry, Relaxed);
+        inner.leave_slow_weights(py)
     }
 }
 
 impl Drop for SlowWeights {
     /// A context that was entered by hand, and forgotten.
     fn drop(&mut self) {
-        if *self.entered.get_mut() {
-            self.engine.get().abandoned.store(true, Relaxed);
+        let entry = *self.entry.get_mut();
+        if entry > 0 {
+            self.engine.get().abandoned.store(entry, Relaxed);
         }
     }
 }

@@ -96,6 +96,8 @@ pub struct Inner {
     pub slow_step: Option<f64>,
     /// Inside `slow_weights()`, the bytes that params are to have again.
     saved: Option<Vec<Vec<u8>>>,
+    /// How often it was entered.
+    pub entries: u64,
     pub broken: bool,
 }
 
@@ -186,6 +188,7 @@ impl Inner {
             grad_norm: None,
             slow_step: None,
             saved: None,
+            entries: 0,
             broken: false,
         };
         for group in 0..inner.groups.len() {
@@ -284,6 +287,7 @@ impl Inner {
             saved = self.run(py, |all| unsafe { all.show_slow() })?;
         }
         self.saved = Some(saved);
+        self.entries += 1;
         Ok(())
     }
 
