@@ -32,6 +32,8 @@ pub struct CycleRows {
     /// Of these, state that stands for weights. It is pulled back from what it was when the cycle began, as weights are:
     /// before its first step, that is the weights themselves.
     weights: Vec<(usize, usize)>,
+    /// All that is pulled back within the cycles within: it begins again from what this one leaves.
+    follows: Vec<(usize, usize)>,
     /// What is reset.
     reset: Vec<usize>,
 }
@@ -49,7 +51,7 @@ impl Rows {
     ) -> Self {
         let mut names: Vec<String> = state.iter().map(|&name| name.into()).collect();
         let mut within: Vec<usize> = (0..state.len()).collect();
-        let mut before: Vec<usize> = Vec::new();
+        let mut before: Vec<(usize, usize)> = Vec::new();
         let row = |names: &mut Vec<String>, name: String| {
             names.push(name);
             names.len() - 1
@@ -72,12 +74,19 @@ impl Rows {
                 _ => Vec::new(),
             };
             let reset = match cycle.inner_state {
-                InnerState::Reset => within.iter().chain(&before).copied().collect(),
+                InnerState::Reset => {
+                    let before = before.iter().map(|(_, before)| before);
+                    within.iter().chain(before).copied().collect()
+                }
+                _ => Vec::new(),
+            };
+            let follows = match cycle.inner_state {
+                InnerState::Pullback => before.clone(),
                 _ => Vec::new(),
             };
             let momentum = cycle.outer.map(|_| row(&mut names, of("momentum")));
             within.extend(momentum);
-            before.extend(pulled.iter().map(|&(_, before)| before));
+            before.extend(&pulled);
             let is_weight =
                 |&(now, _): &(usize, usize)| now < state.len() && now + weights >= state.len();
             let (weights, pulled) = pulled.into_iter().partition(is_weight);
@@ -86,6 +95,7 @@ impl Rows {
                 momentum,
                 pulled,
                 weights,
+                follows,
                 reset,
             });
         }
@@ -195,6 +205,11 @@ impl<F: Element> Sync<F> {
                     *before = *now;
                 })
             );
+            *kept.row(row) = before;
+        }
+        for &(now, row) in &rows.follows {
+            let before = take(kept.row(row));
+            before.copy_from_slice(kept.row(now));
             *kept.row(row) = before;
         }
     }

@@ -176,6 +176,61 @@ def lookahead(rule, p, gradient, steps, *, sync_period=None, slow_step=1.0):
         yield p
 
 
+def nested(rule, p, gradient, steps, levels):
+    """The fast weights after each of `steps` steps within any depth of Lookahead.
+
+    `levels` are dicts, the innermost first: `sync_period` (steps; for the others, syncs of the level within),
+    `slow_step`, and where they differ from the paper's, `inner_state` and `outer`, a pair of its momentum and
+    "heavy ball" or "nesterov". Within a level are the rule's state, and the momentum buffers of the levels within it.
+    What the rule calls `z`, `p0` or `average` begins as the weights, all else as zero. `gradient` may give `None`.
+    """
+    slow, before, done = [None] * len(levels), [None] * len(levels), [0] * len(levels)
+    momenta, state, t = [0.0] * len(levels), {}, 0
+
+    def within(depth):
+        begun = dict.fromkeys(("z", "p0", "average"), p) if t == 0 else {}
+        return begun | state | {("u", level): momenta[level] for level in range(depth)}
+
+    for i in range(steps):
+        for depth in range(len(levels)):
+            if done[depth] > 0:
+                break
+            slow[depth], before[depth] = p, within(depth)
+        g = gradient(p, i)
+        if g is not None:
+            t += 1
+            p = rule(p, g, state, t)
+        for depth, level in enumerate(levels):
+            done[depth] += 1
+            if done[depth] < level["sync_period"]:
+                break
+            done[depth] = 0
+            alpha, delta = level["slow_step"], slow[depth] - p
+            if outer := level.get("outer"):
+                mu, kind = outer
+                momenta[depth] = mu * momenta[depth] + delta
+                p = slow[depth] - alpha * (delta + mu * momenta[depth] if kind == "nesterov" else momenta[depth])
+            else:
+                p = slow[depth] - alpha * delta
+            part = min(alpha, 1.0)
+            match level.get("inner_state", "keep"):
+                case "reset":
+                    state.clear()
+                    momenta[:depth] = [0.0] * depth
+                    t = 0
+                case "pullback":
+                    for name, now in within(depth).items():
+                        if isinstance(now, np.ndarray) and (
+                            t or isinstance(name, tuple)
+                        ):  # What depends on the step count alone stays, as that does.
+                            moved = (1 - part) * before[depth].get(name, 0.0) + part * now
+                            if isinstance(name, tuple):
+                                momenta[name[1]] = moved
+                            else:
+                                state[name] = moved
+        yield p
+
+
 def lion(p, g, state, t, *, lr, betas, weight_decay):
     b1, b2 = betas
     m = state.get("m", 0.0)

@@ -256,7 +256,7 @@ BAD_LEAVES = {
     "None": (None, TypeError, "must be a NumPy array, got NoneType"),
     "float": (1.0, TypeError, "must be a NumPy array, got float"),
     "NumPy scalar": (np.float32(1), TypeError, "must be a NumPy array, got float32"),
-    "int": (np.ones(3, int), TypeError, "has dtype int64; supported: float32, float64"),
+    "int": (np.ones(3, int), TypeError, "has dtype int64; supported: float16, bfloat16, float32, float64"),
     "bool": (np.ones(3, bool), TypeError, "has dtype bool"),
     "complex": (np.ones(3, complex), TypeError, "has dtype complex128"),
     "longdouble": (np.ones(3, np.longdouble), TypeError, "has dtype "),
@@ -264,9 +264,10 @@ BAD_LEAVES = {
     "structured": (np.zeros(3, [("x", "f4")]), TypeError, "has dtype [('x', '<f4')]"),
     "datetime": (np.zeros(3, "M8[s]"), TypeError, "has dtype datetime64[s]"),
     "string": (np.array(["a"]), TypeError, "has dtype <U1"),
-    "float16": (np.ones(3, "f2"), TypeError, "has dtype float16"),
-    "bfloat16": (np.ones(3, ml_dtypes.bfloat16), TypeError, "has dtype bfloat16"),
+    "float8": (np.ones(3, ml_dtypes.float8_e4m3fn), TypeError, "has dtype float8_e4m3fn"),
+    "int4": (np.ones(3, ml_dtypes.int4), TypeError, "has dtype int4"),
     "byte-swapped": (np.ones(3, ">f4"), TypeError, "is byte-swapped (>f4)"),
+    "byte-swapped half": (np.ones(3, ">f2"), TypeError, "is byte-swapped (>f2)"),
     "byte-swapped double": (np.ones(3, ">f8"), TypeError, "is byte-swapped (>f8)"),
     "read-only": (read_only(np.ones(3)), ValueError, "is read-only"),
     "from bytes": (np.frombuffer(bytes(8), "f4"), ValueError, "is read-only"),
@@ -384,6 +385,27 @@ BAD_GRADS = {
     "a list of numbers": (lambda t: t | {"b": [1.0] * 4}, TypeError, 'grads["b"] must be a NumPy array, got list'),
     "masked": (lambda t: t | {"b": np.ma.ones(4)}, TypeError, 'grads["b"] is a MaskedArray'),
 }
+
+
+FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
+
+
+@pytest.mark.parametrize("of_param", FLOATS)
+@pytest.mark.parametrize("of_gradient", FLOATS)
+def test_a_gradient_goes_with_any_parameter_that_is_computed_in_the_same_format(of_gradient, of_param):
+    p, g = np.ones(3, FLOATS[of_param]), np.ones(3, FLOATS[of_gradient])
+    opt = ls.Optimizer({"w": p}, ls.SGD(lr=0.5))
+    if (of_param == "float64") == (of_gradient == "float64"):
+        opt.step({"w": g})
+        assert (p == 0.5).all()
+    else:
+        cure = "float64" if of_param == "float64" else "float32"
+        words = f"has dtype {of_gradient} but its parameter has {of_param}: pass g.astype(np.{cure})"
+        with refuses(TypeError, f'grads["w"] {words}'):
+            opt.step({"w": g})
+        assert (p == 1).all()
+        opt.step({"w": g.astype(cure)})
+        assert (p == 0.5).all()
 
 
 @pytest.mark.parametrize(("change", "error", "text"), BAD_GRADS.values(), ids=BAD_GRADS.keys())

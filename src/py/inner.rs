@@ -715,6 +715,9 @@ impl Inner {
     }
 
     fn all(&mut self) -> All<'_> {
+        for group in &mut self.groups {
+            group.step = self.steps;
+        }
         All {
             arena: &self.arena,
             groups: &self.groups,
@@ -841,6 +844,7 @@ impl GroupSpec {
             keeps_fewer: options.state_dtype.is_some(),
             codecs: single.state[..whole].iter().map(codec).collect(),
             rounding: options.seed,
+            step: 0,
             hyper: ordered(single.hyper, &self.hyper)?,
             slow_steps: self.slow_steps,
             frozen: self.frozen,

@@ -36,6 +36,8 @@ pub struct Group {
     /// Whether that is in fewer bits, for leaves that are computed in float32.
     pub keeps_fewer: bool,
     pub rounding: Option<u32>,
+    /// The step that random bits are made from: all steps count, also those before a reset.
+    pub step: u64,
     pub hyper: Vec<f64>,
     pub slow_steps: Vec<f64>,
     pub frozen: bool,
@@ -426,7 +428,7 @@ pub unsafe fn visit<F: Number>(
     }
 }
 
-/// How a state array is rounded in the step that its leaf is in.
+/// How a state array is rounded in this step.
 fn rounding(group: &Group, leaf: &Leaf, row: usize) -> Rounding {
     let Some(seed) = group.rounding else {
         return Rounding::Nearest;
@@ -437,8 +439,8 @@ fn rounding(group: &Group, leaf: &Leaf, row: usize) -> Rounding {
     )]
     let words = [
         leaf.key,
-        leaf.steps as u32,
-        (leaf.steps >> 32) as u32,
+        group.step as u32,
+        (group.step >> 32) as u32,
         row as u32,
     ];
     Rounding::Stochastic {

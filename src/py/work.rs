@@ -162,15 +162,22 @@ impl All<'_> {
 
     unsafe fn slopes<F: Number>(&self, grads: Grads) -> [f64; SUMS] {
         let (mut sums, mut scratch) = ([0.0; SUMS], None);
-        for (_, leaf) in self.leaves_of::<F>(grads.has) {
+        for (index, leaf) in self.leaves.iter().enumerate() {
             let group = &self.groups[leaf.group];
+            if leaf.dtype.compute() != F::DTYPE || group.frozen {
+                continue;
+            }
+            let has = grads.has[index];
             let prepare = self.prepare(group, grads, 1.0);
-            // SAFETY: as the caller vouches.
-            let means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
+            let mut means = None;
+            if has {
+                // SAFETY: as the caller vouches.
+                means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
+            }
             let needs = Needs {
                 p: Use::Read,
                 rows: Use::Whole,
-                g: Some(Prepared {
+                g: has.then_some(Prepared {
                     prepare,
                     means: means.as_ref(),
                 }),
@@ -182,15 +189,13 @@ impl All<'_> {
             let mut total = Total::default();
             let each = |range: Range<usize>, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>| {
                 step.load(p, kept);
-                let now = g.expect("asked for");
                 let slow = take(kept.row(slow));
                 let before = take(kept.row(begun));
                 total.chunk.add_each(p.len(), |i| {
                     let way = p[i].widened() - slow[i].widened();
-                    [
-                        way * before[i].widened(),
-                        way * (before[i].widened() - now[i].widened()),
-                    ]
+                    // A loss that a leaf has no part in has no slope along it.
+                    let now = g.map_or(0.0, |g| g[i].widened());
+                    [way * before[i].widened(), way * (before[i].widened() - now)]
                 });
                 total.close(range.end, leaf.len());
             };
