@@ -162,7 +162,8 @@ impl All<'_> {
 
     unsafe fn slopes<F: Number>(&self, grads: Grads) -> [f64; SUMS] {
         let (mut sums, mut scratch) = ([0.0; SUMS], None);
-        for (index, leaf) in self.leaves.iter().enumerate() {
+        for &index in self.by_name {
+            let leaf = &self.leaves[index];
             let group = &self.groups[leaf.group];
             if leaf.dtype.compute() != F::DTYPE || group.frozen {
                 continue;
