@@ -2,8 +2,10 @@
 //! sync of slow and fast weights, in one pass over memory.
 //!
 //! A rule is one text ([`rule`]) in one file (`rules/`), listed in the registry ([`rules`]). The [`kernel`] runs it over
-//! tiles at the best instruction set ([`simd`]); [`lookahead`] counts the cycle; [`layout`] says where a strided array
-//! keeps its numbers; [`wgsl`] writes the same rule as a compute shader. `py` is the only file that knows Python.
+//! tiles at the best instruction set ([`simd`]); [`step`] adds what is rarer than a sync, and [`lookahead`] counts cycles.
+//! [`gradient`] scales and clips, [`reduce`] adds up. [`element`] knows number formats, [`codec`] state in fewer bits,
+//! [`leaf`] and [`layout`] where an array keeps its numbers; [`wgsl`] writes the same rule as a compute shader. `py` is
+//! the only place that knows Python.
 
 pub mod codec;
 pub mod element;

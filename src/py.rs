@@ -1,5 +1,6 @@
-//! The boundary: the only place that names Python and NumPy (`py/array.rs`, `py/engine.rs`), and the only one that turns
-//! addresses into numbers (`py/memory.rs`).
+//! The boundary: the only place that names Python and NumPy, and the only one that turns addresses into numbers. What is
+//! public is `engine`; a call checks everything in `inner`, then `work` goes over the leaves, whose numbers `memory` lends
+//! it by `group`'s plan of rows. `array` reads arrays and makes views; `inner/state` is a run as arrays.
 //!
 //! Why the memory is there. A leaf's array is held by a strong and a weak reference: the first keeps it alive, the second
 //! makes NumPy refuse to resize it; our own arrays likewise. Address, shape, strides, dtype and flags are read again at
@@ -18,6 +19,7 @@
 
 mod array;
 mod engine;
+mod group;
 mod inner;
 mod memory;
 mod work;

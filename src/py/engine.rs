@@ -9,7 +9,8 @@ use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::array::View;
-use super::inner::{Counters, CycleSpec, GroupSpec, Inner, Kind, OptionSpec};
+use super::group::{CycleSpec, GroupSpec, OptionSpec};
+use super::inner::{Counters, Inner, Kind};
 use crate::error::Error;
 
 /// The compiled half of `Optimizer`: leaves, their state, and the counters that move with them.

@@ -12,103 +12,17 @@ use pyo3::types::PyWeakrefReference;
 use crate::codec::{self, Codec, Numbers, Rounding, keep_8, keep_bf16, mix, read_8, read_bf16};
 use crate::element::{Dtype, Element};
 use crate::gradient::{Means, Prepare};
-use crate::kernel::{CHUNK, Kept, Kernel, MAX_STATE};
+use crate::kernel::{CHUNK, Kept, MAX_STATE};
 use crate::leaf::{Leaf, Place};
-use crate::rules::Compute;
 use crate::simd::Level;
-use crate::step::Rows;
+
+use super::group::{Group, LINE, Number, Row};
 
 /// Elements that are copied at a time; they stay in the first-level cache.
 const BLOCK: usize = 2048;
 /// Elements of arrays that are read or written several times; they stay in the second-level cache.
 const SEVERAL: usize = 4096;
-/// Rows begin at multiples of this many bytes.
-const LINE: usize = 64;
 const _: () = assert!(BLOCK.is_multiple_of(codec::BLOCK) && CHUNK.is_multiple_of(SEVERAL));
-
-/// The leaves that share hyper-parameters, and with them a kernel and rows.
-pub struct Group {
-    pub single: Kernel<f32>,
-    pub double: Kernel<f64>,
-    pub rows: Rows,
-    /// How the rule's arrays are kept; all other rows are whole.
-    pub codecs: Vec<Codec>,
-    /// Whether that is in fewer bits, for leaves that are computed in float32.
-    pub keeps_fewer: bool,
-    pub rounding: Option<u32>,
-    /// The step that random bits are made from: all steps count, also those before a reset.
-    pub step: u64,
-    pub hyper: Vec<f64>,
-    pub slow_steps: Vec<f64>,
-    pub frozen: bool,
-    pub maximize: bool,
-}
-
-/// A number that leaves are computed in.
-pub trait Number: Compute + Element {
-    /// The group's kernel for it.
-    fn kernel(group: &Group) -> &Kernel<Self>;
-}
-
-impl Number for f32 {
-    fn kernel(group: &Group) -> &Kernel<Self> {
-        &group.single
-    }
-}
-
-impl Number for f64 {
-    fn kernel(group: &Group) -> &Kernel<Self> {
-        &group.double
-    }
-}
-
-impl Group {
-    /// Bytes from a leaf's first row to the next leaf's.
-    pub fn bytes(&self, leaf: &Leaf) -> usize {
-        let (n, size) = (leaf.len(), leaf.dtype.compute().size());
-        let of_row = |row: Row| {
-            let (numbers, scales) = row.codec.bytes(n, size);
-            numbers.next_multiple_of(LINE) + scales.next_multiple_of(LINE)
-        };
-        self.rows(leaf).map(of_row).sum()
-    }
-
-    /// How many rows a leaf has.
-    fn count(&self, leaf: &Leaf) -> usize {
-        let has_master = leaf.dtype.is_narrow() || self.rows.master.is_none();
-        let count = self.rows.names.len() - usize::from(!has_master);
-        if self.frozen { 0 } else { count }
-    }
-
-    /// A leaf's rows: how each is kept, and where.
-    pub fn rows(&self, leaf: &Leaf) -> impl Iterator<Item = Row> {
-        let count = self.count(leaf);
-        let (n, size) = (leaf.len(), leaf.dtype.compute().size());
-        let mut at = leaf.at;
-        (0..count).map(move |row| {
-            let codec = match self.codecs.get(row) {
-                Some(codec) if size == 4 => *codec,
-                _ => Codec::Whole,
-            };
-            let (numbers, scales) = codec.bytes(n, size);
-            let row = Row {
-                codec,
-                codes: at,
-                scales: at + numbers.next_multiple_of(LINE),
-            };
-            at = row.scales + scales.next_multiple_of(LINE);
-            row
-        })
-    }
-}
-
-/// Where a row is, in bytes from the first leaf's first one.
-#[derive(Clone, Copy)]
-pub struct Row {
-    pub codec: Codec,
-    pub codes: usize,
-    pub scales: usize,
-}
 
 /// All rows of all leaves, in one array of NumPy's.
 pub struct Arena {
