@@ -35,7 +35,7 @@ pub enum Error {
     State(String, String),
     /// Arrays that another thread keeps changing.
     Unsteady,
-    /// Another thread is inside a call.
+    /// This thread is inside another call, or the process was forked while one was.
     Busy,
     /// A call that would lose the fast weights.
     InsideSlowWeights,

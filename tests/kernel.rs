@@ -4,10 +4,12 @@
 
 use std::ops::Range;
 
+use lookstep::codec::{BLOCK, Codec, Numbers, Rounding, keep_8, keep_bf16, read_8};
 use lookstep::element::Dtype;
 use lookstep::kernel::{CHUNK, Kept, Kernel, LANES};
 use lookstep::lookahead::{Blend, Cycle, Cycles, InnerState, Phase};
-use lookstep::rule::{CARRY, Float, SUMS};
+use lookstep::reduce::Sums;
+use lookstep::rule::{CARRY, Float, SUMS, Scope};
 use lookstep::rules::Compute;
 use lookstep::simd::Level;
 use lookstep::step::{Rows, Step, Sync};
@@ -278,5 +280,59 @@ fn bias_corrections_keep_their_digits() {
         let error = (complement(b, t) - exact) / exact;
         // The nearest doubles to 0.9 and 0.999 are themselves off by up to an ulp, which 1 - b magnifies by b / (1 - b).
         assert!(error.abs() < 1e3 * f64::EPSILON, "{b} {t} {error:e}");
+    }
+}
+
+#[test]
+fn what_is_measured_is_the_same_at_every_level() {
+    for kernel in f32::kernels()
+        .iter()
+        .filter(|kernel| kernel.scope != Scope::None)
+    {
+        let hyper = vec![0.5; kernel.hyper.len()];
+        let scalars = (kernel.scalars)(&hyper, 7.0, &mut [0.0; CARRY], [0.5; SUMS]);
+        for n in [0, 1, LANES - 1, LANES, 3 * LANES + 5] {
+            let measured = |level| {
+                let mut arrays = Arrays::new(n, kernel.state.len());
+                let mut sums = Sums::default();
+                let (p, g, mut kept) = arrays.kept();
+                (kernel.measure)(level, &scalars, p, g, &mut kept, &mut sums);
+                (sums.total().map(f64::to_bits), arrays)
+            };
+            let baseline = measured(Level::available()[0]);
+            assert_eq!(n > 0, baseline.0 != [0; SUMS], "{}", kernel.name);
+            for level in Level::available() {
+                assert!(measured(level) == baseline, "{} {level:?} {n}", kernel.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn fewer_bits_are_the_same_at_every_level() {
+    let mut from = Arrays::<f32>::new(BLOCK, 0).g;
+    (from[3], from[40], from[70]) = (f32::NAN, f32::INFINITY, 1e-40);
+    for rounding in [Rounding::Nearest, Rounding::Stochastic { key: 9 }] {
+        for n in [1, LANES + 3, BLOCK] {
+            let from = &from[..n];
+            let kept = |level| {
+                let mut halves = vec![0; n];
+                keep_bf16(level, rounding, from, Numbers::From(512), &mut halves);
+                let mut all = vec![halves.iter().map(|&x| u32::from(x)).collect::<Vec<_>>()];
+                for codec in [Codec::Signed8, Codec::Unsigned8] {
+                    let (mut codes, mut back) = (vec![0; n], vec![0.0_f32; n]);
+                    let scale =
+                        keep_8(level, codec, rounding, from, Numbers::From(512), &mut codes);
+                    read_8(level, codec, &codes, scale, &mut back);
+                    all.push(codes.iter().map(|&x| u32::from(x)).collect());
+                    all.push(back.iter().map(|x| x.to_bits()).collect());
+                }
+                all
+            };
+            let baseline = kept(Level::available()[0]);
+            for level in Level::available() {
+                assert_eq!(kept(level), baseline, "{level:?} {n}");
+            }
+        }
     }
 }

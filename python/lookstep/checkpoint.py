@@ -20,6 +20,7 @@ from .atomic import StrPath
 from .header import HEADER_LIMIT
 from .hyper import Checked, Rule
 from .plain import decode, encode, parse
+from .plan import Matched
 from .safetensors import Reader, write
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -59,18 +60,6 @@ def _classes(*modules: ModuleType) -> dict[str, type]:
 
 _CLASSES = _classes(rules, lookahead, schedules)
 """What a stored rule may be made of."""
-
-
-class Matched(tuple[tuple[str, Mapping[str, Any]], ...]):
-    """Groups that say themselves which leaves are in them: of each leaf 0, or one more than its group's index."""
-
-    of_leaf: list[int]
-
-    def __new__(cls, groups: Any, of_leaf: Sequence[int]) -> Self:
-        """Puts both together."""
-        self = super().__new__(cls, groups)
-        self.of_leaf = list(of_leaf)
-        return self
 
 
 def state_of(

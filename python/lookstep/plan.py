@@ -5,15 +5,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from reprlib import repr as shortened
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
-from .checkpoint import Matched
 from .hyper import Rule, flag, is_scheduled
 from .lookahead import Lookahead, Nesterov, OptimalSlowStep
 from .rules import InnerRule
 
 Groups: TypeAlias = Sequence[tuple[str, Mapping[str, Any]]]
 """What is different for some leaves: patterns of paths, and hyper-parameters."""
+
+
+class Matched(tuple[tuple[str, Mapping[str, Any]], ...]):
+    """Groups that say themselves which leaves are in them: of each leaf 0, or one more than its group's index."""
+
+    of_leaf: list[int]
+
+    def __new__(cls, groups: Any, of_leaf: Sequence[int]) -> Self:
+        """Puts both together."""
+        self = super().__new__(cls, groups)
+        self.of_leaf = list(of_leaf)
+        return self
 
 
 class Group(NamedTuple):

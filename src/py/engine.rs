@@ -22,8 +22,10 @@ pub struct Engine {
     steps: AtomicU64,
     syncs: AtomicU64,
     skipped: AtomicU64,
-    /// Who has it, while somebody has: a process, and a thread.
+    /// The thread that has it, while one has.
     owner: AtomicU64,
+    /// The process that made it.
+    process: u32,
     /// The last entry into a context whose end could not put the fast weights back.
     abandoned: AtomicU64,
     /// The bits of a number, or [`NONE`].
@@ -69,23 +71,22 @@ impl std::ops::DerefMut for Held<'_> {
     }
 }
 
-/// This process and thread.
+/// This thread.
 fn whoami() -> u64 {
-    thread_local!(static THREAD: u64 = NEXT.fetch_add(1, Relaxed) & 0xffff_ffff);
+    thread_local!(static THREAD: u64 = NEXT.fetch_add(1, Relaxed));
     static NEXT: AtomicU64 = AtomicU64::new(1);
-    u64::from(std::process::id()) << 32 | THREAD.with(|&thread| thread)
+    THREAD.with(|&thread| thread)
 }
 
 impl Engine {
     /// The inner engine, once no other thread has it. Whoever asks for it while this thread has it (a destructor, say, that
-    /// runs while arrays are copied) or in a forked child of a process in which another had it, would wait for ever.
+    /// runs while arrays are copied) or in a forked child, of a process in which another may have had it, could wait for ever.
     fn take(&self, py: Python<'_>) -> Result<Held<'_>, Error> {
         let me = whoami();
         let inner = match self.inner.try_lock() {
             Ok(inner) => inner,
             Err(TryLockError::WouldBlock) => {
-                let owner = self.owner.load(Relaxed);
-                if owner == me || owner != 0 && owner >> 32 != me >> 32 {
+                if self.owner.load(Relaxed) == me || self.process != std::process::id() {
                     return Err(Error::Busy);
                 }
                 let waited = self.inner.lock_py_attached(py);
@@ -146,6 +147,7 @@ impl Engine {
             syncs: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
             owner: AtomicU64::new(0),
+            process: std::process::id(),
             abandoned: AtomicU64::new(0),
             grad_norm: AtomicU64::new(NONE),
             slow_step: AtomicU64::new(NONE),

@@ -75,6 +75,27 @@ impl Arena {
         // SAFETY: as the caller vouches; rows are aligned to lines.
         unsafe { std::slice::from_raw_parts_mut(first, n) }
     }
+
+    /// Lends the 8-bit codes of `n` numbers, the first of which is number `start` of a row, and the scales of their blocks.
+    ///
+    /// # Safety
+    /// As [`Self::lend`].
+    #[allow(clippy::mut_from_ref, reason = "as argued above")]
+    unsafe fn lend_blocks<'a>(
+        &self,
+        row: Row,
+        start: usize,
+        n: usize,
+    ) -> (&'a mut [u8], &'a mut [f32]) {
+        let (first, blocks) = (start / codec::BLOCK, n.div_ceil(codec::BLOCK));
+        // SAFETY: as the caller vouches.
+        unsafe {
+            (
+                self.lend(row.codes, start, n),
+                self.lend(row.scales, first, blocks),
+            )
+        }
+    }
 }
 
 impl Place {
@@ -375,14 +396,8 @@ unsafe fn read<F: Element>(level: Level, arena: &Arena, row: Row, start: usize, 
         read_bf16(level, unsafe { arena.lend(row.codes, start, n) }, into);
         return;
     }
-    let (first, blocks) = (start / codec::BLOCK, n.div_ceil(codec::BLOCK));
     // SAFETY: as the caller vouches.
-    let (codes, scales): (&mut [u8], &mut [f32]) = unsafe {
-        (
-            arena.lend(row.codes, start, n),
-            arena.lend(row.scales, first, blocks),
-        )
-    };
+    let (codes, scales) = unsafe { arena.lend_blocks(row, start, n) };
     let pieces = codes
         .chunks(codec::BLOCK)
         .zip(into.chunks_mut(codec::BLOCK));
@@ -422,14 +437,8 @@ unsafe fn keep<F: Element>(
         keep_bf16(level, rounding, from, numbers, codes);
         return;
     }
-    let (first, blocks) = (start / codec::BLOCK, n.div_ceil(codec::BLOCK));
     // SAFETY: as the caller vouches.
-    let (codes, scales): (&mut [u8], &mut [f32]) = unsafe {
-        (
-            arena.lend(row.codes, start, n),
-            arena.lend(row.scales, first, blocks),
-        )
-    };
+    let (codes, scales) = unsafe { arena.lend_blocks(row, start, n) };
     let pieces = codes
         .chunks_mut(codec::BLOCK)
         .zip(from.chunks(codec::BLOCK));

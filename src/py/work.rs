@@ -51,22 +51,42 @@ pub struct Grads<'a> {
     pub scale: f64,
 }
 
+/// What a step or a sync does to every leaf.
+struct Course<'a> {
+    grads: Grads<'a>,
+    clip: f64,
+    starting: usize,
+    ending: usize,
+    /// The innermost cycle's, where it is not each group's own.
+    slow_step: Option<f64>,
+    /// What was measured of each leaf, where any rule asks for it, and of all.
+    sums: Vec<[f64; SUMS]>,
+    all: [f64; SUMS],
+}
+
 impl All<'_> {
-    /// Moves every leaf by its gradient; `clip` is what the norm asks for. `starting` cycles begin, and `ending` sync.
+    /// Course every leaf by its gradient; `clip` is what the norm asks for. `starting` cycles begin, and `ending` sync.
     ///
     /// # Safety
     /// As [`visit`], for all leaves and gradients.
     pub unsafe fn step(&mut self, grads: Grads, clip: f64, starting: usize, ending: usize) {
+        let mut sums = vec![[0.0; SUMS]; self.measured(grads)];
         // SAFETY: as the caller vouches.
         unsafe {
-            let mut sums = vec![[0.0; SUMS]; self.measured(grads)];
             self.measure::<f32>(grads, clip, &mut sums);
             self.measure::<f64>(grads, clip, &mut sums);
-            let mut shared = *self.carry;
-            self.advance::<f32>(grads, clip, starting, ending, &sums, &mut shared);
-            self.advance::<f64>(grads, clip, starting, ending, &sums, &mut shared);
-            *self.carry = shared;
         }
+        let course = Course {
+            grads,
+            clip,
+            starting,
+            ending,
+            slow_step: None,
+            all: self.added_up(&sums),
+            sums,
+        };
+        // SAFETY: as the caller vouches.
+        unsafe { self.advance_all(&course) };
     }
 
     /// Ends `ending` cycles; slow weights move by `slow_step`, or each group's own.
@@ -74,11 +94,21 @@ impl All<'_> {
     /// # Safety
     /// As [`visit`], for all leaves.
     pub unsafe fn sync(&mut self, ending: usize, slow_step: Option<f64>) {
+        let none = vec![false; self.leaves.len()];
+        let course = Course {
+            grads: Grads {
+                has: &none,
+                scale: 1.0,
+            },
+            clip: 1.0,
+            starting: 0,
+            ending,
+            slow_step,
+            sums: Vec::new(),
+            all: [0.0; SUMS],
+        };
         // SAFETY: as the caller vouches.
-        unsafe {
-            self.meet::<f32>(ending, slow_step);
-            self.meet::<f64>(ending, slow_step);
-        }
+        unsafe { self.advance_all(&course) };
     }
 
     /// Puts the weights to evaluate into params; returns the bytes of the leaves whose own are to be put back. Where slow
@@ -217,7 +247,7 @@ impl All<'_> {
             scalars.of(kernel, group, leaf, self.carry, [0.0; SUMS]);
             let prepare = self.prepare(group, grads, clip);
             // SAFETY: as the caller vouches.
-            let means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
+            let means = unsafe { self.means(leaf, prepare, &mut scratch) };
             let needs = Needs {
                 p: Use::Read,
                 rows: Use::Write,
@@ -241,18 +271,34 @@ impl All<'_> {
         }
     }
 
-    unsafe fn advance<F: Number>(
-        &mut self,
-        grads: Grads,
-        clip: f64,
-        starting: usize,
-        ending: usize,
-        sums: &[[f64; SUMS]],
-        shared: &mut [f64; CARRY],
-    ) {
-        let by_name = self.by_name.iter().filter_map(|&index| sums.get(index));
-        let all_sums = by_name.copied().fold([0.0; SUMS], plus);
-        let syncs = self.syncs::<F>(ending, None);
+    /// The sums of all leaves together.
+    fn added_up(&self, sums: &[[f64; SUMS]]) -> [f64; SUMS] {
+        if sums.is_empty() {
+            return [0.0; SUMS];
+        }
+        let by_name = self.by_name.iter().map(|&index| sums[index]);
+        by_name.fold([0.0; SUMS], plus)
+    }
+
+    unsafe fn advance_all(&mut self, course: &Course) {
+        let mut shared = *self.carry;
+        // SAFETY: as the caller vouches.
+        unsafe {
+            self.advance::<f32>(course, &mut shared);
+            self.advance::<f64>(course, &mut shared);
+        }
+        *self.carry = shared;
+    }
+
+    unsafe fn advance<F: Number>(&mut self, course: &Course, shared: &mut [f64; CARRY]) {
+        let Course {
+            grads,
+            clip,
+            starting,
+            ending,
+            ..
+        } = *course;
+        let syncs = self.syncs::<F>(ending, course.slow_step);
         let mut scratch = None;
         let mut scalars = Scalars::default();
         for index in 0..self.leaves.len() {
@@ -269,12 +315,12 @@ impl All<'_> {
             if moved {
                 let sums = match kernel.scope {
                     Scope::None => [0.0; SUMS],
-                    Scope::Leaf => sums[index],
-                    Scope::All => all_sums,
+                    Scope::Leaf => course.sums[index],
+                    Scope::All => course.all,
                 };
                 scalars.of(kernel, group, leaf, self.carry, sums);
                 // SAFETY: as the caller vouches.
-                means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
+                means = unsafe { self.means(leaf, prepare, &mut scratch) };
             }
             let step = Step {
                 unclip: F::round(1.0 / clip),
@@ -311,41 +357,6 @@ impl All<'_> {
                 leaf.steps = 0;
                 leaf.carry = [0.0; CARRY];
                 *shared = [0.0; CARRY];
-            }
-        }
-    }
-
-    unsafe fn meet<F: Number>(&mut self, ending: usize, slow_step: Option<f64>) {
-        let syncs = self.syncs::<F>(ending, slow_step);
-        let mut scratch = None;
-        for index in 0..self.leaves.len() {
-            let leaf = &self.leaves[index];
-            let group = &self.groups[leaf.group];
-            if leaf.dtype.compute() != F::DTYPE || group.frozen {
-                continue;
-            }
-            let syncs = &syncs[leaf.group];
-            let step = Self::step_of(group, leaf, &[], 0, syncs);
-            let rows = if syncs.iter().any(Sync::moves_state) {
-                Use::Write
-            } else {
-                Use::Whole
-            };
-            let needs = Needs {
-                p: Use::Write,
-                rows,
-                g: None,
-                several: true,
-            };
-            let each =
-                |_, p: &mut [F], _: Option<&[F]>, kept: &mut Kept<F>| step.advance(p, None, kept);
-            // SAFETY: as the caller vouches.
-            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
-            if syncs.iter().any(Sync::resets) {
-                let leaf = &mut self.leaves[index];
-                leaf.steps = 0;
-                leaf.carry = [0.0; CARRY];
-                *self.carry = [0.0; CARRY];
             }
         }
     }

@@ -72,8 +72,9 @@ impl All<'_> {
                 total.chunk.add_squares(Level::best(), g, unit);
                 total.close(range.end, leaf.len());
             };
+            let prepare = self.prepare(&self.groups[leaf.group], grads, 1.0);
             // SAFETY: as the caller vouches.
-            unsafe { self.gradient(leaf, grads, self.options.max_value, &mut scratch, each) };
+            unsafe { self.gradient(leaf, prepare, &mut scratch, each) };
             squares += total.sums[0];
         }
         squares
@@ -85,8 +86,12 @@ impl All<'_> {
             let mut bad = false;
             let each = |_, g: &[F]| bad |= g.iter().any(|x| !x.is_number());
             // An infinity is no less one where it would be cut.
+            let prepare = Prepare {
+                limit: None,
+                ..self.prepare(&self.groups[leaf.group], grads, 1.0)
+            };
             // SAFETY: as the caller vouches.
-            unsafe { self.gradient(leaf, grads, None, &mut scratch, each) };
+            unsafe { self.gradient(leaf, prepare, &mut scratch, each) };
             if bad {
                 first = Some(first.unwrap_or(index).min(index));
             }
@@ -94,20 +99,15 @@ impl All<'_> {
         first
     }
 
-    /// Lends a leaf's gradient, before its norm is known.
+    /// Lends a leaf's gradient alone.
     unsafe fn gradient<F: Number>(
         &self,
         leaf: &Leaf,
-        grads: Grads,
-        limit: Option<f64>,
+        prepare: Prepare,
         scratch: &mut Option<Box<Scratch<F>>>,
         mut each: impl FnMut(Range<usize>, &[F]),
     ) {
         let group = &self.groups[leaf.group];
-        let prepare = Prepare {
-            limit,
-            ..self.prepare(group, grads, 1.0)
-        };
         let needs = Needs {
             p: Use::Nothing,
             rows: Use::Nothing,
@@ -155,7 +155,7 @@ impl All<'_> {
             let mut means = None;
             if has {
                 // SAFETY: as the caller vouches.
-                means = unsafe { self.means(group, leaf, prepare, &mut scratch) };
+                means = unsafe { self.means(leaf, prepare, &mut scratch) };
             }
             let needs = Needs {
                 p: Use::Read,
@@ -201,7 +201,6 @@ impl All<'_> {
     /// The means of a leaf's gradient, where it has more than one axis and they are to be taken away.
     pub(super) unsafe fn means<F: Number>(
         &self,
-        group: &Group,
         leaf: &Leaf,
         prepare: Prepare,
         scratch: &mut Option<Box<Scratch<F>>>,
@@ -215,20 +214,9 @@ impl All<'_> {
             .map(|&a| leaf.shape[a])
             .product();
         let mut means = Means::new(leaf.shape[axis], inner);
-        let needs = Needs {
-            p: Use::Nothing,
-            rows: Use::Nothing,
-            g: Some(Prepared {
-                prepare,
-                means: None,
-            }),
-            several: false,
-        };
-        let each = |range: Range<usize>, _: &mut [F], g: Option<&[F]>, _: &mut Kept<F>| {
-            means.add(range.start, g.expect("asked for"));
-        };
+        let each = |range: Range<usize>, g: &[F]| means.add(range.start, g);
         // SAFETY: as the caller vouches.
-        unsafe { visit(self.arena, group, leaf, needs, scratch, each) };
+        unsafe { self.gradient(leaf, prepare, scratch, each) };
         means.finish(leaf.len());
         Some(means)
     }
