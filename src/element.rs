@@ -9,7 +9,7 @@ use crate::rule::Float;
 use crate::simd::{Level, at};
 
 /// A number format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// IEEE binary16.
     F16,
@@ -167,20 +167,33 @@ pub fn to_bf16(x: f32) -> u16 {
     ((if x.is_nan() { quiet } else { rounded }) >> 16) as u16
 }
 
-/// Where `narrow` numbers are no longer what `wide` ones are rounded to, somebody has written them: the wide ones
-/// become them. So weights that are kept in more bits than they are trained in never go stale.
-pub fn adopt<F: Element>(level: Level, dtype: Dtype, narrow: &[F], wide: &mut [F]) {
+/// Where bits of 16 are no longer what `wide` numbers are rounded to, somebody has written them: the wide ones become
+/// them. So weights that are kept in more bits than they are trained in never go stale.
+pub fn adopt<F: Element>(level: Level, dtype: Dtype, bits: &[u16], wide: &mut [F]) {
     const PIECE: usize = 256;
-    let (mut bits, mut rounded) = ([0; PIECE], [F::default(); PIECE]);
-    for (narrow, wide) in narrow.chunks(PIECE).zip(wide.chunks_mut(PIECE)) {
-        let n = wide.len();
-        F::narrow(level, dtype, wide, &mut bits[..n]);
-        F::widen(level, dtype, &bits[..n], &mut rounded[..n]);
-        for ((wide, &narrow), rounded) in wide.iter_mut().zip(narrow).zip(rounded) {
-            if !rounded.is_same(narrow) {
-                *wide = narrow;
+    let (mut rounded, mut written) = ([0; PIECE], [F::default(); PIECE]);
+    for (bits, wide) in bits.chunks(PIECE).zip(wide.chunks_mut(PIECE)) {
+        let (rounded, written) = (&mut rounded[..wide.len()], &mut written[..wide.len()]);
+        F::narrow(level, dtype, wide, rounded);
+        if rounded != bits {
+            F::widen(level, dtype, bits, written);
+            for (i, wide) in wide.iter_mut().enumerate() {
+                if rounded[i] != bits[i] {
+                    *wide = written[i];
+                }
             }
         }
+    }
+}
+
+/// [`adopt`], of numbers that were stored in 16 bits.
+pub fn adopt_widened<F: Element>(level: Level, dtype: Dtype, widened: &[F], wide: &mut [F]) {
+    const PIECE: usize = 256;
+    let mut bits = [0; PIECE];
+    for (widened, wide) in widened.chunks(PIECE).zip(wide.chunks_mut(PIECE)) {
+        let bits = &mut bits[..wide.len()];
+        F::narrow(level, dtype, widened, bits);
+        adopt(level, dtype, bits, wide);
     }
 }
 

@@ -1,32 +1,47 @@
 //! Load a tile of lanes, update it, sync it where a cycle ends, store it: one pass over memory.
 //!
 //! Scalar bodies over a fixed number of local lanes vectorise on stable Rust. Ends are padded to a tile, so that there
-//! is one arithmetic, and an element's bits do not depend on where in an array it stands.
+//! is one arithmetic, and an element's bits do not depend on where in an array it stands. Numbers that are stored in
+//! another format than they are computed in become such tiles on the stack.
 
+use std::array::from_fn;
+use std::mem::take;
+use std::ops::Range;
+
+use crate::array::{Array, FEW, Given, Stored, padded};
+use crate::codec::{Numbers, Rounding, either_bf16, half, nearest_bf16};
+use crate::element::{Element, to_bf16};
+use crate::gradient::Factor;
 use crate::lookahead::{Blend, Phase};
 use crate::reduce::Sums;
 pub use crate::rule::LANES;
-use crate::rule::{self, CARRY, Float, SUMS, Scope, Source, Update};
+use crate::rule::{self, CARRY, SUMS, Scope, Source, Update};
 use crate::simd::{Level, at};
 
-/// Elements that a thread takes at a time.
-pub const CHUNK: usize = 1 << 16;
 /// State arrays that a rule may have.
 pub const MAX_STATE: usize = 4;
+/// Elements from which on a run is begun at a cache line of `p`.
+pub const PEELED: usize = 1024;
+/// Bytes of a cache line, which no store should cross.
+pub const LINE: usize = 64;
 
 /// The arrays that the optimizer keeps for a leaf; those that it does not have are empty.
 pub struct Kept<'a, F> {
     /// The rule's state, in its order.
-    pub state: [&'a mut [F]; MAX_STATE],
+    pub state: [Stored<'a, F>; MAX_STATE],
     /// How many of these there are.
     pub states: usize,
     /// Slow weights of the innermost cycle.
     pub slow: &'a mut [F],
     /// All others.
     pub more: Vec<&'a mut [F]>,
+    /// How state is rounded that is stored in 16 bits: rows 0 and 1, rows 2 and 3.
+    pub rounding: [Rounding; MAX_STATE / 2],
+    /// The number of the first element, from which its random bits are made.
+    pub first: u64,
 }
 
-impl<'a, F> Kept<'a, F> {
+impl<'a, F: Copy> Kept<'a, F> {
     /// No arrays yet, for a rule with `states` of its own.
     #[must_use]
     pub fn new(states: usize) -> Self {
@@ -35,16 +50,29 @@ impl<'a, F> Kept<'a, F> {
             states,
             slow: Default::default(),
             more: Vec::new(),
+            rounding: [Rounding::Nearest; MAX_STATE / 2],
+            first: 0,
         }
     }
 
     /// Adds the next array: first the rule's own, then slow weights, then all others.
-    pub fn push(&mut self, row: usize, array: &'a mut [F]) {
-        if row > self.states {
-            self.more.push(array);
+    ///
+    /// # Panics
+    /// If an array that is not of the rule's state is not whole.
+    pub fn push(&mut self, row: usize, mut array: Stored<'a, F>) {
+        if row < self.states {
+            self.state[row] = array;
+        } else if row == self.states {
+            self.slow = take(array.whole());
         } else {
-            *self.row(row) = array;
+            self.more.push(take(array.whole()));
         }
+    }
+
+    /// Whether the rule's state is stored as it is computed.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.state.iter().all(|s| matches!(s, Array::Whole(_)))
     }
 
     /// The array of a row, in the order in which they were added.
@@ -54,7 +82,7 @@ impl<'a, F> Kept<'a, F> {
     )]
     pub fn row(&mut self, row: usize) -> &mut &'a mut [F] {
         match row.checked_sub(self.states) {
-            None => &mut self.state[row],
+            None => self.state[row].whole(),
             Some(0) => &mut self.slow,
             Some(more) => &mut self.more[more - 1],
         }
@@ -68,11 +96,34 @@ pub type Scalars<F> = fn(&[f64], f64, &mut [f64; CARRY], [f64; SUMS]) -> Vec<F>;
 pub type Step<F> =
     fn(Level, Phase<Blend<F>>, scalars: &[F], p: &mut [F], g: &[F], kept: &mut Kept<F>);
 
+/// The same within a cycle, of arrays as they are stored.
+pub type Raw<F> = fn(Level, scalars: &[F], p: Stored<F>, g: Gradient<F>, kept: &mut Kept<F>);
+
 /// A function that moves the state alone, and adds to sums.
 pub type Measure<F> = fn(Level, scalars: &[F], p: &[F], g: &[F], kept: &mut Kept<F>, &mut Sums);
 
 /// A function that puts the weights to evaluate in place of `p`.
 pub type Evaluate<F> = fn(Level, scalars: &[F], p: &mut [F], kept: &mut Kept<F>);
+
+/// Gradients, and what is done to each before the rule sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Gradient<'a, F> {
+    /// As they are stored.
+    pub array: Given<'a, F>,
+    /// None, where they are stepped with as they are.
+    pub factor: Option<Factor<F>>,
+}
+
+impl<'a, F: Copy> Gradient<'a, F> {
+    /// The numbers that the rule sees, where they are there as they are.
+    #[must_use]
+    pub fn whole(&self) -> Option<&'a [F]> {
+        match (self.array, &self.factor) {
+            (Array::Whole(g), None) => Some(g),
+            _ => None,
+        }
+    }
+}
 
 /// One rule, compiled for every instruction set.
 #[derive(Clone, Copy)]
@@ -93,13 +144,15 @@ pub struct Kernel<F> {
     pub scalars: Scalars<F>,
     /// Moves a run of elements.
     pub step: Step<F>,
+    /// Moves a run of elements as they are stored.
+    pub raw: Raw<F>,
     /// Measures a run of elements, where the rule has a scope.
     pub measure: Measure<F>,
     /// Turns a run of elements into the weights to evaluate, where those are others.
     pub evaluate: Option<Evaluate<F>>,
 }
 
-impl<F: Float> Kernel<F> {
+impl<F: Element> Kernel<F> {
     pub(crate) fn of<
         R: Source + Update<F, K, N> + rule::Measure<F, K, N> + rule::Evaluate<F, K, N>,
         const K: usize,
@@ -133,6 +186,7 @@ impl<F: Float> Kernel<F> {
                     at!(level, tiles::<F, R, K, N>(c, p, g, kept, finish));
                 }
             },
+            raw: |level, c, p, g, kept| at!(level, raw::<F, R, K, N>(c, p, g, kept)),
             measure: |level, c, p, g, kept, sums| {
                 if R::SCOPE != Scope::None {
                     at!(level, measured::<F, R, K, N>(c, p, g, kept, sums));
@@ -145,7 +199,7 @@ impl<F: Float> Kernel<F> {
 }
 
 #[inline(always)]
-fn tiles<F: Float, R: Update<F, K, N>, const K: usize, const N: usize>(
+fn tiles<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
     scalars: &[F],
     p: &mut [F],
     g: &[F],
@@ -153,44 +207,146 @@ fn tiles<F: Float, R: Update<F, K, N>, const K: usize, const N: usize>(
     finish: impl Fn(F, F, &mut F) -> F + Copy,
 ) {
     let c: [F; K] = scalars.try_into().expect("one number per scalar");
-    let mut state = chunks(&mut kept.state);
-    let (p, p_end) = p.as_chunks_mut();
-    let (g, g_end) = g.as_chunks();
-    let (slow, slow_end) = kept.slow.as_chunks_mut();
-    let mut unused = [F::default(); LANES];
-    for i in 0..p.len() {
-        let state = state.each_mut().map(|(s, _)| &mut s[i]);
-        R::tile(
-            &c,
-            &mut p[i],
-            &g[i],
-            state,
-            slow.get_mut(i).unwrap_or(&mut unused),
-            finish,
-        );
-    }
-    if !p_end.is_empty() {
-        let mut p = padded(p_end);
-        let mut slow = padded(slow_end);
-        let mut s = state.each_ref().map(|(_, end)| padded(end));
-        R::tile(&c, &mut p, &padded(g_end), s.each_mut(), &mut slow, finish);
-        p_end.copy_from_slice(&p[..p_end.len()]);
-        slow_end.copy_from_slice(&slow[..slow_end.len()]);
-        for k in 0..N {
-            state[k].1.copy_from_slice(&s[k][..p_end.len()]);
+    let n = p.len();
+    // What comes before the first line of `p` is a part of its own.
+    let mut start = 0;
+    for end in [peeled(p), n] {
+        let part = start..end;
+        start = end;
+        if part.is_empty() {
+            continue;
+        }
+        let mut state = chunks(&mut kept.state, part.clone());
+        let of_slow = if kept.slow.is_empty() {
+            0..0
+        } else {
+            part.clone()
+        };
+        let (slow, slow_end) = kept.slow[of_slow].as_chunks_mut();
+        let (g, g_end) = g[part.clone()].as_chunks();
+        let (p, p_end) = p[part].as_chunks_mut();
+        let mut unused = [F::default(); LANES];
+        for i in 0..p.len() {
+            let state = state.each_mut().map(|(s, _)| &mut s[i]);
+            let slow = slow.get_mut(i).unwrap_or(&mut unused);
+            R::tile(&c, &mut p[i], &g[i], state, slow, finish);
+        }
+        if !p_end.is_empty() {
+            let mut p: [_; LANES] = padded(p_end);
+            let mut slow = padded(slow_end);
+            let mut s = state.each_ref().map(|(_, end)| padded(end));
+            R::tile(&c, &mut p, &padded(g_end), s.each_mut(), &mut slow, finish);
+            p_end.copy_from_slice(&p[..p_end.len()]);
+            slow_end.copy_from_slice(&slow[..slow_end.len()]);
+            for k in 0..N {
+                state[k].1.copy_from_slice(&s[k][..p_end.len()]);
+            }
         }
     }
 }
 
+/// [`tiles`] of arrays of which some are stored in 16 bits, or gradients that are not yet what the rule sees: what needs it
+/// becomes a few tiles on the stack.
 #[inline(always)]
-fn padded<F: Float>(end: &[F]) -> [F; LANES] {
-    let mut tile = [F::default(); LANES];
-    tile[..end.len()].copy_from_slice(end);
-    tile
+fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
+    scalars: &[F],
+    mut p: Stored<F>,
+    g: Gradient<F>,
+    kept: &mut Kept<F>,
+) {
+    let c: [F; K] = scalars.try_into().expect("one number per scalar");
+    let [mut p_copy, mut g_copy] = [[F::default(); FEW]; 2];
+    let (mut copies, mut unused) = ([[F::default(); FEW]; N], [F::default(); LANES]);
+    let n = p.len();
+    let peeled = match &p {
+        // Random bits are made for whole lines of elements.
+        Array::Whole(p) if kept.is_whole() => peeled(p),
+        _ => 0,
+    };
+    let (rounding, numbers) = (kept.rounding, Numbers::From(kept.first));
+    let mut arrays = kept.state.iter_mut();
+    let mut state: [_; N] = from_fn(|_| arrays.next().expect("an array per state").again());
+    let mut start = 0;
+    while start < n {
+        let end = (start + FEW).min(if start < peeled { peeled } else { n });
+        let part = start..end;
+        let mut g_few = g.array.few(part.clone(), &mut g_copy);
+        if let Some(factor) = g.factor {
+            g_copy = factor.times(g_few);
+            g_few = &g_copy;
+        }
+        for k in 0..N {
+            state[k].copy_few(part.clone(), &mut copies[k]);
+        }
+        // References are not gathered by `from_fn`: to read them back from memory would wait for all that is under way.
+        let mut few = copies.each_mut();
+        for (few, array) in few.iter_mut().zip(&mut state) {
+            if let Some(own) = array.few(part.clone()) {
+                *few = own;
+            }
+        }
+        p.copy_few(part.clone(), &mut p_copy);
+        let p_few = p.few(part.clone()).unwrap_or(&mut p_copy);
+        let (p_few, g_few) = (p_few.as_chunks_mut().0, g_few.as_chunks().0);
+        for i in 0..part.len().div_ceil(LANES) {
+            let s = few.each_mut().map(|s| &mut s.as_chunks_mut::<LANES>().0[i]);
+            R::tile(
+                &c,
+                &mut p_few[i],
+                &g_few[i],
+                s,
+                &mut unused,
+                |_, fast, _| fast,
+            );
+        }
+        p.set_few(
+            part.clone(),
+            &p_copy,
+            #[inline(always)]
+            |_, x| to_bf16(x),
+        );
+        let (mut words, mut of_rows) = ([0; FEW], None);
+        for (row, (array, copy)) in state.iter_mut().zip(&copies).enumerate() {
+            match rounding[row / 2] {
+                Rounding::Nearest => {
+                    array.set_few(
+                        part.clone(),
+                        copy,
+                        #[inline(always)]
+                        |_, x| nearest_bf16(x),
+                    );
+                }
+                Rounding::Stochastic { key, .. } => {
+                    if of_rows != Some(row / 2) {
+                        of_rows = Some(row / 2);
+                        for (i, words) in words.as_chunks_mut().0.iter_mut().enumerate() {
+                            *words = numbers.words(key, start + i * LANES);
+                        }
+                    }
+                    array.set_few(
+                        part.clone(),
+                        copy,
+                        #[inline(always)]
+                        |i, x| either_bf16(x, half(row, words[i])),
+                    );
+                }
+            }
+        }
+        start = end;
+    }
+}
+
+/// Elements before the first cache line of a long run.
+#[inline(always)]
+fn peeled<T>(p: &[T]) -> usize {
+    if p.len() < PEELED {
+        return 0;
+    }
+    p.as_ptr().align_offset(LINE).min(p.len())
 }
 
 #[inline(always)]
-fn measured<F: Float, R: rule::Measure<F, K, N>, const K: usize, const N: usize>(
+fn measured<F: Element, R: rule::Measure<F, K, N>, const K: usize, const N: usize>(
     scalars: &[F],
     p: &[F],
     g: &[F],
@@ -198,7 +354,7 @@ fn measured<F: Float, R: rule::Measure<F, K, N>, const K: usize, const N: usize>
     sums: &mut Sums,
 ) {
     let c: [F; K] = scalars.try_into().expect("one number per scalar");
-    let mut state = chunks(&mut kept.state);
+    let mut state: [_; N] = chunks(&mut kept.state, 0..p.len());
     let (p, p_end) = p.as_chunks();
     let (g, g_end) = g.as_chunks();
     for i in 0..p.len() {
@@ -228,15 +384,15 @@ fn measured<F: Float, R: rule::Measure<F, K, N>, const K: usize, const N: usize>
 }
 
 #[inline(always)]
-fn evaluated<F: Float, R: rule::Evaluate<F, K, N>, const K: usize, const N: usize>(
+fn evaluated<F: Element, R: rule::Evaluate<F, K, N>, const K: usize, const N: usize>(
     scalars: &[F],
     p: &mut [F],
     kept: &mut Kept<F>,
 ) {
     let c: [F; K] = scalars.try_into().expect("one number per scalar");
     for (i, p) in p.iter_mut().enumerate() {
-        let mut arrays = kept.state.iter();
-        let state = std::array::from_fn(|_| arrays.next().expect("an array per state")[i]);
+        let mut arrays = kept.state.iter_mut();
+        let state = from_fn(|_| arrays.next().expect("an array per state").whole()[i]);
         *p = R::evaluate(&c, *p, state);
     }
 }
@@ -244,7 +400,13 @@ fn evaluated<F: Float, R: rule::Evaluate<F, K, N>, const K: usize, const N: usiz
 type Chunks<'a, F> = (&'a mut [[F; LANES]], &'a mut [F]);
 
 #[inline(always)]
-fn chunks<'a, F, const N: usize>(state: &'a mut [&mut [F]; MAX_STATE]) -> [Chunks<'a, F>; N] {
+fn chunks<'a, F: Element, const N: usize>(
+    state: &'a mut [Stored<'_, F>; MAX_STATE],
+    part: Range<usize>,
+) -> [Chunks<'a, F>; N] {
     let mut arrays = state.iter_mut();
-    std::array::from_fn(|_| arrays.next().expect("an array per state").as_chunks_mut())
+    from_fn(|_| {
+        let array = arrays.next().expect("an array per state");
+        array.whole()[part.clone()].as_chunks_mut()
+    })
 }

@@ -3,6 +3,7 @@
 //! Nothing here touches an array's numbers; that is left to whoever can argue that their memory is there.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::element::Dtype;
 use crate::error::{Error, tuple};
@@ -24,44 +25,79 @@ pub struct Header<'a> {
     pub strides: &'a [isize],
 }
 
-/// Where an array's numbers are.
-#[derive(Clone, Debug)]
-pub struct Place {
-    /// The address of its first element; 0 before any array was seen.
-    pub data: usize,
+/// How an array lies in memory, wherever that is; leaves that lie alike share it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Form {
+    /// The number format.
+    pub dtype: Dtype,
+    /// Elements an axis.
+    pub shape: Box<[usize]>,
     strides: Box<[isize]>,
-    /// Its elements in the leaf's own order.
+    /// The order in which axes are walked.
+    pub order: Box<[usize]>,
+    /// The elements in that order.
     pub layout: Layout,
+    /// The elements' numbers in the order of axes, where they are not walked in that order.
+    pub logical: Option<Layout>,
+    /// Elements.
+    pub len: usize,
+    /// Whether they follow one another in memory.
+    pub is_contiguous: bool,
 }
 
-impl Place {
-    fn new(header: &Header, order: &[usize]) -> Self {
-        let layout = Layout::new(header.shape, header.strides, order, header.dtype.size());
+impl Form {
+    fn new(header: &Header, order: &[usize], item: usize) -> Self {
+        let layout = Layout::new(header.shape, header.strides, order, item);
         Self {
-            data: header.data,
+            dtype: header.dtype,
+            shape: header.shape.into(),
             strides: header.strides.into(),
+            logical: logical(header.shape, order),
+            order: order.into(),
+            len: layout.len(),
+            is_contiguous: layout.is_contiguous(),
             layout,
         }
     }
 
-    /// Where an array of any elements of `item` bytes has them: in the leaf's order where it has the leaf's shape.
-    #[must_use]
-    pub fn raw(leaf: &Leaf, data: usize, shape: &[usize], strides: &[isize], item: usize) -> Self {
-        let counting: Vec<usize> = (0..shape.len()).collect();
-        let order = if *shape == *leaf.shape {
-            &leaf.order
-        } else {
-            &*counting
-        };
-        Self {
-            data,
-            strides: strides.into(),
-            layout: Layout::new(shape, strides, order, item),
-        }
+    /// Whether an array lies in memory like this.
+    #[inline]
+    fn is(&self, header: &Header) -> bool {
+        self.dtype == header.dtype
+            && *self.shape == *header.shape
+            && *self.strides == *header.strides
     }
 
-    fn is(&self, header: &Header) -> bool {
-        self.data == header.data && *self.strides == *header.strides
+    /// The form of a parameter. Its axes are walked as they are counted where that is asked for, and else so that its
+    /// elements are found in the longest runs.
+    fn of_param(header: &Header, counting: bool) -> Self {
+        let order = if counting {
+            (0..header.shape.len()).collect()
+        } else {
+            order(header.strides)
+        };
+        Self::new(header, &order, header.dtype.size())
+    }
+}
+
+/// Where an array's numbers are.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// The address of its first element.
+    pub data: usize,
+    /// Its elements in the leaf's own order.
+    pub layout: &'a Layout,
+    /// Whether they follow one another in memory.
+    pub is_contiguous: bool,
+}
+
+impl<'a> Place<'a> {
+    fn new(data: usize, form: &'a Form) -> Self {
+        Self {
+            data,
+            layout: &form.layout,
+            is_contiguous: form.is_contiguous,
+        }
     }
 
     /// The addresses that the elements lie in.
@@ -75,84 +111,71 @@ impl Place {
 /// One array of the user's parameter tree.
 #[derive(Debug)]
 pub struct Leaf {
-    /// Its path in the tree, as errors write it: `params["encoder/w"]`.
-    pub name: String,
-    /// Its number format.
-    pub dtype: Dtype,
-    /// Elements an axis.
-    pub shape: Box<[usize]>,
-    /// The order in which its axes are walked.
-    pub order: Box<[usize]>,
-    /// Where the parameter is.
-    pub p: Place,
-    /// Where the last gradient was.
-    pub g: Place,
-    /// The number format of the last gradient.
-    pub g_dtype: Dtype,
+    /// How the parameter lies in memory.
+    pub form: Arc<Form>,
+    /// The address of its first element.
+    data: usize,
+    /// The same of the last gradient, 0 before there was one.
+    g_data: usize,
+    /// How the last gradient lay, where that was not as the parameter does.
+    g_form: Option<Arc<Form>>,
     /// Steps in which the rule has moved it, since its state was reset.
     pub steps: u64,
-    /// What the rule carries to the next of them.
-    pub carry: [f64; CARRY],
-    /// Which of the groups it is in.
-    pub group: usize,
+    /// What the rule carries to the next of them, where that is anything.
+    carry: Option<Box<[f64; CARRY]>>,
     /// Where its rows begin, in bytes from the first leaf's.
     pub at: usize,
+    /// Which of the groups it is in.
+    group: u32,
     /// What tells its random numbers from other leaves'.
     pub key: u32,
-    /// Its elements' numbers in the order of its axes, where it is not walked in that order.
-    pub logical: Option<Layout>,
 }
 
 impl Leaf {
-    /// A leaf that no step has moved. Its axes are walked as they are counted where that is asked for, and else so that
-    /// its elements are found in the longest runs.
-    ///
-    /// # Errors
-    /// If the array is read-only or overlaps itself.
-    pub fn new(name: String, group: usize, header: &Header, counting: bool) -> Result<Self, Error> {
-        let order = if counting {
-            (0..header.shape.len()).collect()
-        } else {
-            order(header.strides).into_boxed_slice()
+    /// A leaf that no step has moved, which lies as `like` does if it can.
+    #[must_use]
+    pub fn new(group: usize, header: &Header, counting: bool, like: Option<&Arc<Form>>) -> Self {
+        let form = match like {
+            Some(form) if form.is(header) => form.clone(),
+            _ => Arc::new(Form::of_param(header, counting)),
         };
-        let p = Place::new(header, &order);
-        if !header.writeable {
-            return Err(Error::ReadOnly(name));
-        }
-        if p.layout.overlaps_itself() {
-            return Err(Error::OverlapsItself(name));
-        }
-        let g = Place {
-            data: 0,
-            ..p.clone()
-        };
-        Ok(Self {
-            name,
-            dtype: header.dtype,
-            shape: header.shape.into(),
-            p,
-            g,
-            g_dtype: header.dtype,
+        Self {
+            form,
+            data: header.data,
+            g_data: 0,
+            g_form: None,
             steps: 0,
-            carry: [0.0; CARRY],
-            group,
+            carry: None,
             at: 0,
+            group: narrow(group),
             key: 0,
-            logical: logical(header.shape, &order),
-            order,
-        })
+        }
     }
 
-    /// The gradient's path, as errors write it.
+    /// Which of the groups it is in.
     #[must_use]
-    pub fn grad_name(&self) -> String {
-        self.name.replacen("params", "grads", 1)
+    #[inline]
+    pub fn group(&self) -> usize {
+        self.group as usize
+    }
+
+    /// Puts it into another group.
+    pub fn set_group(&mut self, group: usize) {
+        self.group = narrow(group);
+    }
+
+    /// The number format of the parameter.
+    #[must_use]
+    #[inline]
+    pub fn dtype(&self) -> Dtype {
+        self.form.dtype
     }
 
     /// Elements.
     #[must_use]
+    #[inline]
     pub fn len(&self) -> usize {
-        self.p.layout.len()
+        self.form.len
     }
 
     /// Whether there is no element.
@@ -161,72 +184,176 @@ impl Leaf {
         self.len() == 0
     }
 
-    /// Whether the parameter is still what the optimizer was built over. Only its bytes may change.
-    ///
-    /// # Errors
-    /// If not, with both.
-    pub fn check_param(&self, now: &Header) -> Result<(), Error> {
-        if !now.writeable {
-            return Err(Error::Changed(
-                self.name.clone(),
-                "writeable".into(),
-                "read-only".into(),
-            ));
-        }
-        if self.p.is(now) && *self.shape == *now.shape && self.dtype == now.dtype {
-            return Ok(());
-        }
-        let was = Header {
-            data: self.p.data,
-            dtype: self.dtype,
-            writeable: true,
-            shape: &self.shape,
-            strides: &self.p.strides,
-        };
-        let (was, now) = if *self.shape == *now.shape && self.dtype == now.dtype {
-            (describe_place(&was), describe_place(now))
+    /// Where the parameter is.
+    #[must_use]
+    #[inline]
+    pub fn p(&self) -> Place<'_> {
+        Place::new(self.data, &self.form)
+    }
+
+    /// Where the last gradient was.
+    #[must_use]
+    #[inline]
+    pub fn g(&self) -> Place<'_> {
+        Place::new(self.g_data, self.g_form())
+    }
+
+    #[inline]
+    fn g_form(&self) -> &Form {
+        self.g_form.as_ref().unwrap_or(&self.form)
+    }
+
+    /// The number format of the last gradient.
+    #[must_use]
+    #[inline]
+    pub fn g_dtype(&self) -> Dtype {
+        self.g_form().dtype
+    }
+
+    /// What the rule carries to its next step.
+    #[must_use]
+    #[inline]
+    pub fn carry(&self) -> [f64; CARRY] {
+        self.carry.as_deref().copied().unwrap_or_default()
+    }
+
+    /// Takes note of what the rule carries to its next step.
+    pub fn set_carry(&mut self, carry: [f64; CARRY]) {
+        if carry == [0.0; CARRY] {
+            self.carry = None;
         } else {
-            (describe(&was), describe(now))
+            self.carry = Some(Box::new(carry));
+        }
+    }
+
+    /// How an array of any elements of `item` bytes lies: in the leaf's order where it has the leaf's shape.
+    #[must_use]
+    pub fn layout_of(&self, shape: &[usize], strides: &[isize], item: usize) -> Layout {
+        let counting: Vec<usize> = (0..shape.len()).collect();
+        let order = if *shape == *self.form.shape {
+            &self.form.order
+        } else {
+            &*counting
         };
-        Err(Error::Changed(self.name.clone(), was, now))
+        Layout::new(shape, strides, order, item)
+    }
+
+    /// Whether the parameter is still what the optimizer was built over. Only its bytes may change.
+    #[must_use]
+    #[inline]
+    pub fn is(&self, now: &Header) -> bool {
+        self.data == now.data && now.writeable && self.form.is(now)
+    }
+
+    /// Why it is not: what is called `name` was one thing, and is another.
+    #[must_use]
+    pub fn changed(&self, name: String, now: &Header) -> Error {
+        if !now.writeable {
+            return Error::Changed(name, "writeable".into(), "read-only".into());
+        }
+        let form = &self.form;
+        let (was, now) = if *form.shape == *now.shape && form.dtype == now.dtype {
+            let at = |data, strides| format!("at {data:#x} with strides {strides:?}");
+            (at(self.data, &*form.strides), at(now.data, now.strides))
+        } else {
+            let of = |dtype, shape| format!("{dtype} of shape {}", tuple(shape));
+            (of(form.dtype, &form.shape), of(now.dtype, now.shape))
+        };
+        Error::Changed(name, was, now)
+    }
+
+    /// Whether this step's gradient is where the last one was, and lies like it.
+    #[must_use]
+    #[inline]
+    pub fn has_seen(&self, now: &Header) -> bool {
+        self.g_data == now.data && self.g_form().is(now)
     }
 
     /// Takes note of where this step's gradient is. Returns the leaves that it may share memory with: those that `spans`
-    /// finds, unless the last gradient was at the very same place.
+    /// finds.
     ///
     /// # Errors
-    /// If the gradient is of another shape or number format.
-    pub fn see_grad(&mut self, now: &Header, spans: &Spans) -> Result<Vec<Option<usize>>, Error> {
-        if *self.shape != *now.shape {
+    /// If the gradient, which is called `name`, is of another shape or number format.
+    pub fn see_grad(
+        &mut self,
+        name: impl Fn() -> String,
+        now: &Header,
+        spans: &Spans,
+    ) -> Result<Vec<Option<usize>>, Error> {
+        let form = &self.form;
+        if *form.shape != *now.shape {
             return Err(Error::Shape(
-                self.grad_name(),
+                name(),
                 now.shape.to_vec(),
-                self.shape.to_vec(),
+                form.shape.to_vec(),
             ));
         }
-        if self.dtype.compute() != now.dtype.compute() {
+        if form.dtype.compute() != now.dtype.compute() {
             return Err(Error::GradDtype(
-                self.grad_name(),
+                name(),
                 now.dtype.to_string(),
-                self.dtype.to_string(),
+                form.dtype.to_string(),
             ));
         }
-        if self.g.is(now) && self.g_dtype == now.dtype {
-            return Ok(Vec::new());
+        if form.is(now) {
+            self.g_form = None;
+        } else if !self.g_form().is(now) {
+            let order = &form.order;
+            self.g_form = Some(Arc::new(Form::new(now, order, now.dtype.size())));
         }
-        if *self.g.strides == *now.strides && self.g_dtype == now.dtype {
-            self.g.data = now.data;
-        } else {
-            self.g = Place::new(now, &self.order);
-            self.g_dtype = now.dtype;
-        }
-        Ok(spans.touching(&self.g.span()))
+        self.g_data = now.data;
+        Ok(spans.touching(&self.g().span()))
     }
 
-    /// Forgets where the last gradient was, so that the next one is checked in full; returns where.
-    pub fn forget_grad(&mut self) -> usize {
-        std::mem::take(&mut self.g.data)
+    /// Sets where the last gradient was, and returns where that was before. At 0 the next one is checked in full.
+    pub fn set_grad(&mut self, data: usize) -> usize {
+        std::mem::replace(&mut self.g_data, data)
     }
+}
+
+/// The names of leaves, as errors write them, `params["encoder/w"]`; one text, because there may be very many.
+#[derive(Debug, Default)]
+pub struct Names {
+    text: String,
+    ends: Vec<usize>,
+}
+
+impl Names {
+    /// Adds the next leaf's.
+    pub fn push(&mut self, name: &str) {
+        self.text.push_str(name);
+        self.ends.push(self.text.len());
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        narrow(self.ends.len())
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// A leaf's name.
+    #[must_use]
+    pub fn get(&self, leaf: usize) -> &str {
+        let start = leaf.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.text[start..self.ends[leaf]]
+    }
+
+    /// Its gradient's.
+    #[must_use]
+    pub fn of_grad(&self, leaf: usize) -> String {
+        self.get(leaf).replacen("params", "grads", 1)
+    }
+}
+
+/// A number of leaves or groups, of which there are fewer than 2^32.
+fn narrow(count: usize) -> u32 {
+    u32::try_from(count).expect("more than memory could hold")
 }
 
 /// Numbers of the elements of an array of `shape`, walked along the axes in `order`; none where that is counting.
@@ -239,14 +366,6 @@ fn logical(shape: &[usize], order: &[usize]) -> Option<Layout> {
         strides[axis - 1] = strides[axis].wrapping_mul(shape[axis].cast_signed());
     }
     Some(Layout::new(shape, &strides, order, 1))
-}
-
-fn describe(header: &Header) -> String {
-    format!("{} of shape {}", header.dtype, tuple(header.shape))
-}
-
-fn describe_place(header: &Header) -> String {
-    format!("at {:#x} with strides {:?}", header.data, header.strides)
 }
 
 /// The address ranges that a gradient must stay out of.

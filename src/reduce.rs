@@ -1,9 +1,11 @@
 //! Sums over many elements, in float64 and in an order that depends on the elements alone.
 
 use crate::element::Element;
-use crate::kernel::CHUNK;
 use crate::rule::{LANES, SUMS};
 use crate::simd::{Level, at};
+
+/// Elements that are summed apart from others, whatever thread sums them.
+pub const CHUNK: usize = 1 << 14;
 
 /// Sums in the making: a column for each lane of a tile, so that they come out the same on any instruction set.
 #[derive(Clone, Copy, Debug)]
@@ -64,26 +66,6 @@ fn squares<F: Element>(lanes: &mut [f64; LANES], x: &[F], unit: f64) {
     for (sum, x) in lanes.iter_mut().zip(end) {
         let x = x.widened() * unit;
         *sum += x * x;
-    }
-}
-
-/// The sums of a leaf, gathered a piece at a time: those of a chunk are closed before the next one's begin, so that chunks
-/// can be summed apart.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Total {
-    /// Of the chunk that is being summed.
-    pub chunk: Sums,
-    /// Of all chunks before.
-    pub sums: [f64; SUMS],
-}
-
-impl Total {
-    /// Closes the chunk, where a piece that ends before element `end` is its last.
-    pub fn close(&mut self, end: usize, len: usize) {
-        if end == len || end.is_multiple_of(CHUNK) {
-            let sums = std::mem::take(&mut self.chunk).total();
-            self.sums = plus(self.sums, sums);
-        }
     }
 }
 

@@ -4,8 +4,9 @@
 
 use std::mem::take;
 
-use crate::element::{Dtype, Element, adopt};
-use crate::kernel::{Kept, Kernel};
+use crate::array::{Array, Stored};
+use crate::element::{Dtype, Element, adopt_widened};
+use crate::kernel::{Gradient, Kept, Kernel};
 use crate::lookahead::{Blend, Cycle, InnerState, Momentum, Phase};
 use crate::simd::{Level, at};
 
@@ -238,30 +239,55 @@ pub struct Step<'a, F> {
     pub unclip: F,
 }
 
+/// What may be lent as it is stored, because the kernel alone touches it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Raw {
+    /// Parameters.
+    pub p: bool,
+    /// Gradients, and what is done to them before the rule sees them is then left to the kernel.
+    pub g: bool,
+    /// The rule's state.
+    pub state: bool,
+}
+
 impl<F: Element> Step<'_, F> {
-    /// Moves a piece; without gradients, the rule leaves it alone, and the cycles do not.
-    pub fn advance(&self, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>) {
-        let master = self.load(p, kept);
-        // Without a master copy, slow weights are what is kept of a 16-bit leaf in full, also between cycles.
-        let keeps_slow = self.dtype.is_narrow() && master.is_none();
-        let fuses_start = self.starting > 0 && g.is_some() && !keeps_slow;
-        for (depth, cycle) in self.rows.cycles[..self.starting].iter().enumerate() {
-            for &(now, before) in &cycle.weights {
-                let from = take(kept.row(now));
-                let now_is = if self.fresh { &*p } else { &*from };
-                kept.row(before).copy_from_slice(now_is);
-                *kept.row(now) = from;
-            }
-            let slow = kept.row(cycle.slow);
-            if keeps_slow {
-                adopt(self.level, self.dtype, p, slow);
-            } else if depth > 0 || !fuses_start {
-                slow.copy_from_slice(p);
-            }
+    /// What no pass beside the kernel touches.
+    #[must_use]
+    pub fn raw(&self) -> Raw {
+        Raw {
+            p: self.is_plain(),
+            g: self.starting == 0 || self.rows.gradient.is_none(),
+            state: !self.syncs.iter().any(Sync::moves_state),
         }
+    }
+
+    /// Whether some array is gone over more than once.
+    #[must_use]
+    pub fn passes(&self) -> bool {
+        self.starting.max(self.syncs.len()) > 1
+            || self.rows.names.len() > self.kernel.state.len() + 1
+    }
+
+    /// Moves a piece; without gradients, the rule leaves it alone, and the cycles do not. Weights that are kept in full are
+    /// moved themselves.
+    pub fn advance(&self, mut p: Stored<F>, g: Option<Gradient<F>>, kept: &mut Kept<F>) {
+        if self.is_plain() {
+            if let Some(g) = g {
+                self.update(Phase::Plain, p, g, kept);
+            }
+            return;
+        }
+        // Without a master copy, slow weights are what is kept of a 16-bit leaf in full, also between cycles.
+        let keeps_slow = self.dtype.is_narrow() && self.rows.master.is_none();
+        let fuses = !keeps_slow
+            && g.as_ref()
+                .is_some_and(|g| kept.is_whole() && g.whole().is_some());
+        let fuses_start = fuses && self.starting > 0;
+        self.start(fuses_start, keeps_slow, p.whole(), kept);
         if let Some(row) = self.rows.gradient.filter(|_| self.starting > 0) {
-            match g {
+            match g.as_ref().map(|g| g.whole()) {
                 Some(g) => {
+                    let g = g.expect("it is not lent as it is stored");
                     let pairs = kept.row(row).iter_mut().zip(g);
                     at!(
                         self.level,
@@ -278,7 +304,7 @@ impl<F: Element> Step<'_, F> {
                     ..
                 },
                 ..,
-            ] if !keeps_slow && self.starting == 0 => Some(*blend).filter(|_| g.is_some()),
+            ] if fuses && self.starting == 0 => Some(*blend),
             _ => None,
         };
         if let Some(g) = g {
@@ -287,20 +313,49 @@ impl<F: Element> Step<'_, F> {
                 None if fuses_start => Phase::Start,
                 None => Phase::Plain,
             };
-            (self.kernel.step)(self.level, phase, self.scalars, p, g, kept);
+            self.update(phase, p.again(), g, kept);
         }
-        self.sync(fused.is_some(), keeps_slow, p, kept);
-        if let Some(row) = master {
-            kept.row(row).copy_from_slice(p);
+        self.sync(fused.is_some(), keeps_slow, p.whole(), kept);
+    }
+
+    fn is_plain(&self) -> bool {
+        self.starting == 0 && self.syncs.is_empty()
+    }
+
+    /// The rule's part; what is not whole is not fused.
+    fn update(&self, phase: Phase<Blend<F>>, p: Stored<F>, g: Gradient<F>, kept: &mut Kept<F>) {
+        match (p, g.whole()) {
+            (Array::Whole(p), Some(g)) if kept.is_whole() => {
+                (self.kernel.step)(self.level, phase, self.scalars, p, g, kept);
+            }
+            (p, _) => (self.kernel.raw)(self.level, self.scalars, p, g, kept),
         }
     }
 
-    /// Puts the weights in full in place of those that were stored in 16 bits; returns their row, where there is one.
-    pub fn load(&self, p: &mut [F], kept: &mut Kept<F>) -> Option<usize> {
-        let row = self.rows.master.filter(|_| self.dtype.is_narrow())?;
-        adopt(self.level, self.dtype, p, kept.row(row));
-        p.copy_from_slice(kept.row(row));
-        Some(row)
+    /// What cycles that begin keep of the weights.
+    fn start(&self, fuses_start: bool, keeps_slow: bool, p: &[F], kept: &mut Kept<F>) {
+        for (depth, cycle) in self.rows.cycles[..self.starting].iter().enumerate() {
+            for &(now, before) in &cycle.weights {
+                let from = take(kept.row(now));
+                let now_is = if self.fresh { p } else { &*from };
+                kept.row(before).copy_from_slice(now_is);
+                *kept.row(now) = from;
+            }
+            let slow = kept.row(cycle.slow);
+            if keeps_slow {
+                adopt_widened(self.level, self.dtype, p, slow);
+            } else if depth > 0 || !fuses_start {
+                slow.copy_from_slice(p);
+            }
+        }
+    }
+
+    /// Puts the weights in full in place of a copy of those that were stored in 16 bits.
+    pub fn load(&self, p: &mut [F], kept: &mut Kept<F>) {
+        if let Some(row) = self.rows.master.filter(|_| self.dtype.is_narrow()) {
+            adopt_widened(self.level, self.dtype, p, kept.row(row));
+            p.copy_from_slice(kept.row(row));
+        }
     }
 
     fn sync(&self, fused: bool, keeps_slow: bool, p: &mut [F], kept: &mut Kept<F>) {

@@ -4,9 +4,10 @@
 
 use std::ops::Range;
 
+use lookstep::array::Array;
 use lookstep::codec::{BLOCK, Codec, Numbers, Rounding, keep_8, keep_bf16, read_8};
 use lookstep::element::Dtype;
-use lookstep::kernel::{CHUNK, Kept, Kernel, LANES};
+use lookstep::kernel::{Kept, Kernel, LANES, PEELED};
 use lookstep::lookahead::{Blend, Cycle, Cycles, InnerState, Phase};
 use lookstep::reduce::Sums;
 use lookstep::rule::{CARRY, Float, SUMS, Scope};
@@ -54,7 +55,7 @@ impl<F: Float> Arrays<F> {
     fn kept(&mut self) -> (&mut [F], &[F], Kept<'_, F>) {
         let mut kept = Kept::new(self.kept.len() - 1);
         for (row, array) in self.kept.iter_mut().enumerate() {
-            kept.push(row, array);
+            kept.push(row, Array::Whole(array));
         }
         (&mut self.p, &self.g, kept)
     }
@@ -115,14 +116,14 @@ fn phases<F: Float>() -> [Phase<Blend<F>>; 5] {
 
 fn every_level_gives_each_element_its_bits<F: Compute + std::fmt::Debug>() {
     let mut lengths: Vec<usize> = (0..=4 * LANES + 1).collect();
-    lengths.push(CHUNK + 1);
+    lengths.push(PEELED + LANES + 1);
     for kernel in F::kernels() {
         let hyper: Vec<f64> = (1..=kernel.hyper.len())
             .map(|i| 0.6 / f64::from(u8::try_from(i).unwrap()))
             .collect();
         let scalars = (kernel.scalars)(&hyper, 7.0, &mut [0.0; CARRY], [0.5; SUMS]);
         for phase in phases() {
-            let start = Arrays::new(CHUNK + 1, kernel.state.len());
+            let start = Arrays::new(PEELED + LANES + 1, kernel.state.len());
             let end = start.one_by_one(&kernel, phase, &scalars);
             for &n in &lengths {
                 for level in Level::available() {
@@ -181,7 +182,7 @@ fn without_gradient(p: &mut [f32], slow: &mut [f32], starting: usize, slow_step:
         .into_iter()
         .collect();
     let mut kept = Kept::new(0);
-    kept.push(0, slow);
+    kept.push(0, Array::Whole(slow));
     let step = Step {
         level: Level::best(),
         kernel: &kernel.unwrap(),
@@ -193,7 +194,7 @@ fn without_gradient(p: &mut [f32], slow: &mut [f32], starting: usize, slow_step:
         fresh: true,
         unclip: 1.0,
     };
-    step.advance(p, None, &mut kept);
+    step.advance(Array::Whole(p), None, &mut kept);
 }
 
 #[test]
@@ -310,11 +311,14 @@ fn what_is_measured_is_the_same_at_every_level() {
 
 #[test]
 fn fewer_bits_are_the_same_at_every_level() {
-    let mut from = Arrays::<f32>::new(BLOCK, 0).g;
-    (from[3], from[40], from[70]) = (f32::NAN, f32::INFINITY, 1e-40);
-    for rounding in [Rounding::Nearest, Rounding::Stochastic { key: 9 }] {
-        for n in [1, LANES + 3, BLOCK] {
-            let from = &from[..n];
+    let mut finite = Arrays::<f32>::new(BLOCK, 0).g;
+    finite[70] = 1e-40;
+    let mut lost = finite.clone();
+    (lost[3], lost[40]) = (f32::NAN, f32::INFINITY);
+    let stochastic = [0, 1].map(|row| Rounding::Stochastic { key: 9, row });
+    for rounding in [Rounding::Nearest, stochastic[0], stochastic[1]] {
+        for from in [&finite[..1], &finite[..LANES + 3], &finite, &lost] {
+            let n = from.len();
             let kept = |level| {
                 let mut halves = vec![0; n];
                 keep_bf16(level, rounding, from, Numbers::From(512), &mut halves);

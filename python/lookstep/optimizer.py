@@ -1,6 +1,7 @@
 """The optimizer: a rule at work on the user's arrays."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -19,6 +20,8 @@ from .tree import Structure, Tree
 
 Params = TypeVar("Params", bound=Tree)
 
+_NUM_THREADS = "LOOKSTEP_NUM_THREADS"
+_MOST_THREADS = 1024
 _LOOK_AGAIN = 32
 """Steps between looks at whether `params` still holds the same arrays."""
 
@@ -58,6 +61,10 @@ class Optimizer(Generic[Params]):
             what is less than half a step: second moments in bfloat16 hardly fall with it.
         seed: an integer in [0, 2^32): the random bits of an element depend on it, the leaf's path, the element's index
             and the step alone.
+        threads: how many may share a step, >= 1; the bits are the same for any number. `None`: the environment variable
+            `LOOKSTEP_NUM_THREADS`, else the CPUs that the process may use, by its affinity and its container's limit.
+            They are started by the first step that is long enough to be shared (of some 250,000 elements), and sleep
+            between steps.
 
     Gradients are multiplied by `scale`, clipped by value, clipped by norm, and centralised, in this order.
 
@@ -79,7 +86,7 @@ class Optimizer(Generic[Params]):
         >>> opt.step({"w": params["w"] * 2, "b": params["b"] * 2})
     """
 
-    __slots__ = ("__weakref__", "_engine", "_leaves", "_options", "_params", "_plan", "_structure")
+    __slots__ = ("__weakref__", "_engine", "_leaves", "_options", "_params", "_plan", "_structure", "_threads")
 
     def __init__(
         self,
@@ -95,6 +102,7 @@ class Optimizer(Generic[Params]):
         state_dtype: Literal["bfloat16", "int8"] | None = None,
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         seed: int = 0,
+        threads: int | None = None,
     ) -> None:
         """Checks the arrays, and makes the rule's state for them."""
         self._options = {
@@ -109,6 +117,7 @@ class Optimizer(Generic[Params]):
             "rounding": _choice("rounding", rounding, "stochastic", "nearest"),
             "seed": _seed(seed),
         }
+        self._threads = _threads(threads)
         self._structure = Structure(params)
         self._plan = Plan.of(rule, groups or (), self._structure.paths)
         self._params = params
@@ -123,13 +132,13 @@ class Optimizer(Generic[Params]):
             plan.cycles(),
             self._options
             | {"optimal": plan.is_optimal}
-            | {"seed": self._options["seed"] if rounding == "stochastic" else None},
+            | {"seed": self._options["seed"] if rounding == "stochastic" else None, "threads": self._threads},
         )
 
     def step(self, grads: Any, *, scale: float = 1.0) -> None:
         """Moves every parameter by its gradient, in place; at the end of a cycle, slow and fast weights sync.
 
-        The interpreter lock is released while numbers move.
+        The interpreter lock is released while numbers move, but for so few that it takes longer to get it back.
 
         Args:
             grads: a tree of the structure of `params`; each leaf an array of its parameter's shape, of any layout,
@@ -383,7 +392,9 @@ class Optimizer(Generic[Params]):
         checkpoint.save(path, self.state_dict())
 
     @classmethod
-    def load(cls, path: StrPath, params: Params, *, allow_nonfinite: bool = False) -> Self:
+    def load(
+        cls, path: StrPath, params: Params, *, allow_nonfinite: bool = False, threads: int | None = None
+    ) -> Self:
         """An optimizer that continues a saved run, bit for bit.
 
         Args:
@@ -391,6 +402,7 @@ class Optimizer(Generic[Params]):
             params: a tree of the same paths, shapes and dtypes as the saved one; the saved parameters are written into
                 its arrays.
             allow_nonfinite: also take a state that holds an infinity or a NaN.
+            threads: as for a new optimizer; they are this machine's matter, and no part of a run.
 
         Raises:
             TypeError, ValueError: if `params` does not fit, or the file is damaged, of a newer version, or none of
@@ -400,7 +412,7 @@ class Optimizer(Generic[Params]):
         paths = Structure(params).paths
         with checkpoint.opened(path, len(paths)) as file:
             rule, groups, options = file.made_of(paths)
-            opt = cls(params, rule, groups=groups, **options)
+            opt = cls(params, rule, groups=groups, threads=threads, **options)
             state = file.state(opt._structure.paths, opt._leaves, opt._engine.kinds())
         opt.load_state_dict(state, allow_nonfinite=allow_nonfinite)
         return opt
@@ -418,7 +430,9 @@ class Optimizer(Generic[Params]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Another optimizer, over copies of the arrays, that goes on from here."""
         state = self.state_dict()
-        other = type(self)(deepcopy(self._params, memo), self._plan.rule, groups=self.groups, **self._options)
+        other = type(self)(
+            deepcopy(self._params, memo), self._plan.rule, groups=self.groups, threads=self._threads, **self._options
+        )
         memo[id(self)] = other
         other.__setstate__(state)
         return other
@@ -471,6 +485,20 @@ def _check_axis(axis: int | None, names: Sequence[str], leaves: Sequence[Any]) -
         ndim = getattr(leaf, "ndim", 0)
         if axis is not None and ndim > 1 and not -ndim <= axis < ndim:
             raise ValueError(f"{name} has {ndim} axes, and none is number {axis}, along which to centralize")
+
+
+def _threads(value: Any) -> int | None:
+    name, given = "threads", value
+    if given is None:
+        name, text = _NUM_THREADS, os.environ.get(_NUM_THREADS, "").strip()
+        if not text:
+            return None
+        given = int(text) if text.isdecimal() else text
+    if not isinstance(given, Integral) or isinstance(given, bool):
+        raise (TypeError if value is not None else ValueError)(f"{name} must be an integer >= 1, got {given!r}")
+    if given < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {given!r}")
+    return min(int(given), _MOST_THREADS)
 
 
 def _seed(value: Any) -> int:

@@ -8,15 +8,12 @@ use pyo3::prelude::*;
 use crate::codec::Codec;
 use crate::element::Element;
 use crate::error::Error;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, LINE, PEELED};
 use crate::leaf::Leaf;
 use crate::lookahead::{Cycle, Cycles, InnerState, Outer};
 use crate::rule::{CARRY, SUMS};
 use crate::rules::Compute;
 use crate::step::Rows;
-
-/// Rows begin at multiples of this many bytes.
-pub const LINE: usize = 64;
 
 /// A group of leaves, as Python describes it.
 #[derive(FromPyObject)]
@@ -50,6 +47,14 @@ pub struct OptionSpec {
     pub master_weights: bool,
     pub state_dtype: Option<String>,
     pub seed: Option<u32>,
+    pub threads: Option<usize>,
+}
+
+/// What the rule's arrays are kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fewer {
+    BFloat16,
+    Int8,
 }
 
 /// The leaves that share hyper-parameters, and with them a kernel and rows.
@@ -59,8 +64,8 @@ pub struct Group {
     pub rows: Rows,
     /// How the rule's arrays are kept; all other rows are whole.
     pub codecs: Vec<Codec>,
-    /// Whether that is in fewer bits, for leaves that are computed in float32.
-    pub keeps_fewer: bool,
+    /// Whether any is in fewer bits, for leaves that are computed in float32.
+    pub fewer: Option<Fewer>,
     pub rounding: Option<u32>,
     /// The step that random bits are made from: all steps count, also those before a reset.
     pub step: u64,
@@ -91,39 +96,38 @@ impl Number for f64 {
 impl Group {
     /// Bytes from a leaf's first row to the next leaf's.
     pub fn bytes(&self, leaf: &Leaf) -> usize {
-        let (n, size) = (leaf.len(), leaf.dtype.compute().size());
-        let of_row = |row: Row| {
-            let (numbers, scales) = row.codec.bytes(n, size);
-            numbers.next_multiple_of(LINE) + scales.next_multiple_of(LINE)
-        };
-        self.rows(leaf).map(of_row).sum()
-    }
-
-    /// How many rows a leaf has.
-    pub fn count(&self, leaf: &Leaf) -> usize {
-        let has_master = leaf.dtype.is_narrow() || self.rows.master.is_none();
-        let count = self.rows.names.len() - usize::from(!has_master);
-        if self.frozen { 0 } else { count }
+        let end = |row: Row| row.end - leaf.at;
+        self.rows(leaf).last().map_or(0, end)
     }
 
     /// A leaf's rows: how each is kept, and where.
     pub fn rows(&self, leaf: &Leaf) -> impl Iterator<Item = Row> {
-        let count = self.count(leaf);
-        let (n, size) = (leaf.len(), leaf.dtype.compute().size());
+        let dtype = leaf.dtype();
+        let has_master = dtype.is_narrow() || self.rows.master.is_none();
+        let count = self.rows.names.len() - usize::from(!has_master);
+        let (n, size) = (leaf.len(), dtype.compute().size());
+        // A long run of the parameter's is stepped from a cache line on: there rows begin one, too.
+        let before = if n >= PEELED && !dtype.is_narrow() {
+            leaf.p().data.wrapping_neg() % LINE / size
+        } else {
+            0
+        };
         let mut at = leaf.at;
-        (0..count).map(move |row| {
+        (0..if self.frozen { 0 } else { count }).map(move |row| {
             let codec = match self.codecs.get(row) {
                 Some(codec) if size == 4 => *codec,
                 _ => Codec::Whole,
             };
             let (numbers, scales) = codec.bytes(n, size);
-            let row = Row {
+            let codes = at + (before * codec.bytes(1, size).0).wrapping_neg() % LINE;
+            let scales_at = (codes + numbers).next_multiple_of(LINE);
+            at = (scales_at + scales).next_multiple_of(LINE);
+            Row {
                 codec,
-                codes: at,
-                scales: at + numbers.next_multiple_of(LINE),
-            };
-            at = row.scales + scales.next_multiple_of(LINE);
-            row
+                codes,
+                scales: scales_at,
+                end: at,
+            }
         })
     }
 }
@@ -134,6 +138,8 @@ pub struct Row {
     pub codec: Codec,
     pub codes: usize,
     pub scales: usize,
+    /// Where the next one may begin.
+    pub end: usize,
 }
 
 impl CycleSpec {
@@ -161,12 +167,16 @@ impl GroupSpec {
     pub fn group(self, cycles: &Cycles, options: &OptionSpec) -> PyResult<Group> {
         let single = kernel::<f32>(&self.kernel)?;
         let whole = single.state.len() - single.weights.len();
-        let codec = |name: &&str| match options.state_dtype.as_deref() {
+        let fewer = options.state_dtype.as_deref().map(|dtype| match dtype {
+            "bfloat16" => Fewer::BFloat16,
+            _ => Fewer::Int8,
+        });
+        let codec = |name: &&str| match fewer {
             None => Codec::Whole,
-            Some("bfloat16") => Codec::BFloat16,
+            Some(Fewer::BFloat16) => Codec::BFloat16,
             // Squares and infinity norms are never negative; they are named v and u everywhere.
-            Some(_) if name.starts_with(['v', 'u']) => Codec::Unsigned8,
-            Some(_) => Codec::Signed8,
+            Some(Fewer::Int8) if name.starts_with(['v', 'u']) => Codec::Unsigned8,
+            Some(Fewer::Int8) => Codec::Signed8,
         };
         Ok(Group {
             single,
@@ -178,7 +188,7 @@ impl GroupSpec {
                 options.optimal,
                 options.master_weights,
             ),
-            keeps_fewer: options.state_dtype.is_some(),
+            fewer,
             codecs: single.state[..whole].iter().map(codec).collect(),
             rounding: options.seed,
             step: 0,

@@ -4,6 +4,7 @@ mod state;
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 
 use numpy::PyUntypedArray;
 use pyo3::prelude::*;
@@ -15,16 +16,41 @@ use super::memory::Arena;
 use super::work::{All, Grads, Options};
 use crate::element::Dtype;
 use crate::error::Error;
-use crate::leaf::{Header, Leaf, Spans};
+use crate::leaf::{Header, Leaf, Names, Spans};
 use crate::lookahead::Cycles;
+use crate::parts::Parts;
 use crate::rule::CARRY;
+use crate::threads::available;
 
 pub use state::{Counters, Kind};
+
+/// Elements from which on other Python threads may run while they are stepped: fewer take some microseconds.
+const DETACHED: usize = 1 << 14;
+
+/// Leaves in the order of their names, found when it is first asked for.
+pub struct ByName {
+    names: Names,
+    order: OnceLock<Vec<u32>>,
+}
+
+impl ByName {
+    /// The order.
+    pub fn get(&self) -> &[u32] {
+        self.order.get_or_init(|| {
+            let mut order: Vec<u32> = (0..self.names.len()).collect();
+            order.sort_by_key(|&leaf| self.names.get(leaf as usize));
+            order
+        })
+    }
+}
 
 pub struct Inner {
     arrays: Vec<(Py<PyUntypedArray>, Py<PyWeakrefReference>)>,
     leaves: Vec<Leaf>,
-    by_name: Vec<usize>,
+    names: ByName,
+    parts: Parts,
+    /// Elements of all leaves.
+    size: usize,
     groups: Vec<Group>,
     arena: Arena,
     spans: Spans,
@@ -55,34 +81,48 @@ impl Inner {
         cycles: &[CycleSpec],
         options: OptionSpec,
     ) -> PyResult<Self> {
-        let mut leaves = Vec::with_capacity(params.len());
+        let mut leaves: Vec<Leaf> = Vec::with_capacity(params.len());
         let mut arrays = Vec::with_capacity(params.len());
-        for ((name, param), &group) in names.into_iter().zip(params).zip(of_group) {
+        let mut order_of = Names::default();
+        let mut forms = HashMap::new();
+        // Blocks of 8-bit state are runs of elements, which must not depend on how an array lies.
+        let counting = options.state_dtype.as_deref() == Some("int8");
+        for ((name, param), &group) in names.iter().zip(params).zip(of_group) {
             let array = as_array(param, || name.clone())?;
             let header = header(array, || name.clone())?;
-            // Blocks of 8-bit state are runs of elements, which must not depend on how an array lies.
-            let counting = options.state_dtype.as_deref() == Some("int8");
-            leaves.push(Leaf::new(name, group, &header, counting)?);
+            let lies = (header.dtype, header.shape.to_vec(), header.strides.to_vec());
+            let leaf = Leaf::new(group, &header, counting, forms.get(&lies));
+            if !header.writeable {
+                return Err(Error::ReadOnly(name.clone()).into());
+            }
+            if !forms.contains_key(&lies) && leaf.form.layout.overlaps_itself() {
+                return Err(Error::OverlapsItself(name.clone()).into());
+            }
+            forms.entry(lies).or_insert_with(|| leaf.form.clone());
+            leaves.push(leaf);
+            order_of.push(name);
             arrays.push((
                 array.clone().unbind(),
                 PyWeakrefReference::new(array)?.unbind(),
             ));
         }
-        let of_leaves: Vec<_> = leaves
-            .iter()
-            .map(|leaf: &Leaf| leaf.p.span())
-            .zip((0..).map(Some))
-            .collect();
-        let spans = Spans::new(of_leaves.iter().cloned());
-        for (range, index) in &of_leaves {
-            for other in spans.touching(range).into_iter().flatten() {
+        let names = order_of;
+        let of_leaves = || {
+            leaves
+                .iter()
+                .map(|leaf| leaf.p().span())
+                .zip((0..).map(Some))
+        };
+        let spans = Spans::new(of_leaves());
+        for (range, index) in of_leaves() {
+            for other in spans.touching(&range).into_iter().flatten() {
                 let index = index.expect("each range is a leaf's");
                 if other < index
                     && share_memory(arrays[other].0.bind(py), arrays[index].0.bind(py))?
                 {
                     return Err(Error::SharesMemory(
-                        leaves[index].name.clone(),
-                        leaves[other].name.clone(),
+                        names.get(index).into(),
+                        names.get(other).into(),
                     )
                     .into());
                 }
@@ -99,20 +139,28 @@ impl Inner {
             .map(|group| group.group(&cycles, &options))
             .collect::<PyResult<_>>()?;
         let mut bytes = 0;
-        for leaf in &mut leaves {
+        for (index, leaf) in leaves.iter_mut().enumerate() {
             leaf.at = bytes;
-            leaf.key = hash(&leaf.name);
-            bytes += groups[leaf.group].bytes(leaf);
+            leaf.key = hash(names.get(index));
+            bytes += groups[leaf.group()].bytes(leaf);
         }
         let arena = Arena::new(py, bytes)?;
-        let ours = (arena.span.clone(), None);
-        let mut by_name: Vec<usize> = (0..leaves.len()).collect();
-        by_name.sort_by(|&a, &b| leaves[a].name.cmp(&leaves[b].name));
+        let spans = leaves
+            .iter()
+            .map(|leaf| leaf.p().span())
+            .zip((0..).map(Some));
+        let lens: Vec<usize> = leaves.iter().map(Leaf::len).collect();
+        let threads = options.threads.unwrap_or_else(available);
         let inner = Self {
-            spans: Spans::new(of_leaves.into_iter().chain([ours])),
+            spans: Spans::new(spans.chain([(arena.span.clone(), None)])),
+            parts: Parts::new(&lens, threads),
+            size: lens.iter().sum(),
             arrays,
             leaves,
-            by_name,
+            names: ByName {
+                names,
+                order: OnceLock::new(),
+            },
             groups,
             arena,
             options: Options {
@@ -188,7 +236,7 @@ impl Inner {
         };
         let (norm, bad, slow_step) = self.run(py, step)?;
         if let Some(leaf) = bad.filter(|_| self.raises) {
-            return Err(Error::NotFinite(self.leaves[leaf].grad_name()).into());
+            return Err(Error::NotFinite(self.names.names.of_grad(leaf)).into());
         }
         self.grad_norm = norm;
         if bad.is_some() {
@@ -287,7 +335,7 @@ impl Inner {
             .map(|group| group.group(&self.cycles, &self.kept))
             .collect::<PyResult<_>>()?;
         let same = |(leaf, &group): (&Leaf, &usize)| {
-            let (was, is) = (&self.groups[leaf.group], groups.get(group));
+            let (was, is) = (&self.groups[leaf.group()], groups.get(group));
             is.is_some_and(|is| is.single.name == was.single.name && is.frozen == was.frozen)
         };
         if of_group.len() != self.leaves.len() || !self.leaves.iter().zip(of_group).all(same) {
@@ -295,7 +343,7 @@ impl Inner {
         }
         for (index, group) in groups.iter().enumerate() {
             let is_single =
-                |(leaf, &of): (&Leaf, &usize)| of == index && leaf.dtype.compute() == Dtype::F32;
+                |(leaf, &of): (&Leaf, &usize)| of == index && leaf.dtype().compute() == Dtype::F32;
             if self.leaves.iter().zip(of_group).any(is_single) {
                 check_overflow(group, &group.hyper)?;
             }
@@ -306,13 +354,13 @@ impl Inner {
     fn take_groups(&mut self, of_group: &[usize], groups: Vec<Group>) {
         self.groups = groups;
         for (leaf, &group) in self.leaves.iter_mut().zip(of_group) {
-            leaf.group = group;
+            leaf.set_group(group);
         }
     }
 
     /// Refuses hyper-parameters that are finite in float64 only, for leaves that are computed in float32.
     fn check_overflow(&self, group: usize, hyper: &[f64]) -> Result<(), Error> {
-        let is_single = |leaf: &Leaf| leaf.group == group && leaf.dtype.compute() == Dtype::F32;
+        let is_single = |leaf: &Leaf| leaf.group() == group && leaf.dtype().compute() == Dtype::F32;
         if !self.leaves.iter().any(is_single) {
             return Ok(());
         }
@@ -326,18 +374,21 @@ impl Inner {
 
     /// Checks each parameter against what it was; where it was locked since, that may be `forgiven`.
     fn check_params(&self, py: Python<'_>, forgiven: bool) -> Result<(), Error> {
-        for (leaf, (array, _)) in self.leaves.iter().zip(&self.arrays) {
-            let now =
-                header(array.bind(py), || leaf.name.clone()).map_err(|error| match error {
-                    Error::Dtype(name, now) | Error::ByteSwapped(name, now) => {
-                        Error::Changed(name, leaf.dtype.to_string(), now)
-                    }
-                    other => other,
-                })?;
-            leaf.check_param(&Header {
+        for (index, (leaf, (array, _))) in self.leaves.iter().zip(&self.arrays).enumerate() {
+            let name = || self.names.names.get(index).to_owned();
+            let now = header(array.bind(py), name).map_err(|error| match error {
+                Error::Dtype(name, now) | Error::ByteSwapped(name, now) => {
+                    Error::Changed(name, leaf.dtype().to_string(), now)
+                }
+                other => other,
+            })?;
+            let now = Header {
                 writeable: now.writeable || forgiven,
                 ..now
-            })?;
+            };
+            if !leaf.is(&now) {
+                return Err(leaf.changed(name(), &now));
+            }
         }
         Ok(())
     }
@@ -349,15 +400,18 @@ impl Inner {
         }
         let mut ran = false;
         for (index, grad) in grads.iter().enumerate().filter(|(_, grad)| !grad.is_none()) {
+            let name = || self.names.names.of_grad(index);
+            let array = as_array(grad, name)?;
+            let header = header(array, name)?;
             let leaf = &mut self.leaves[index];
-            let array = as_array(grad, || leaf.grad_name())?;
-            let header = header(array, || leaf.grad_name())?;
-            let near = leaf.see_grad(&header, &self.spans)?;
-            if !near.is_empty() {
-                ran = true;
-                let seen = leaf.forget_grad();
-                self.check_apart(array, index, &near)?;
-                self.leaves[index].g.data = seen;
+            if !leaf.has_seen(&header) {
+                let near = leaf.see_grad(name, &header, &self.spans)?;
+                if !near.is_empty() {
+                    ran = true;
+                    let seen = leaf.set_grad(0);
+                    self.check_apart(array, index, &near)?;
+                    self.leaves[index].set_grad(seen);
+                }
             }
             has_grad[index] = true;
         }
@@ -375,18 +429,18 @@ impl Inner {
             let (shares, whose) = match *other {
                 Some(other) => {
                     let shares = share_memory(grad, self.arrays[other].0.bind(grad.py()))?;
-                    (shares, self.leaves[other].name.clone())
+                    (shares, self.names.names.get(other).into())
                 }
                 None => (true, "the optimizer's own state".into()),
             };
             if shares {
-                return Err(Error::SharesMemory(self.leaves[index].grad_name(), whose).into());
+                return Err(Error::SharesMemory(self.names.names.of_grad(index), whose).into());
             }
         }
         Ok(())
     }
 
-    /// Does `work`, detached from Python.
+    /// Does `work`, detached from Python where that takes longer than to detach.
     fn run<R: Send>(
         &mut self,
         py: Python<'_>,
@@ -395,8 +449,10 @@ impl Inner {
         if !self.arena.is_whole(py) {
             return Err(Error::Internal.into());
         }
+        let detaches = self.size >= DETACHED;
         let mut all = self.all();
-        let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| work(&mut all))));
+        let run = || catch_unwind(AssertUnwindSafe(|| work(&mut all)));
+        let outcome = if detaches { py.detach(run) } else { run() };
         self.broken |= outcome.is_err();
         outcome.map_err(|_| Error::Internal.into())
     }
@@ -409,7 +465,8 @@ impl Inner {
             arena: &self.arena,
             groups: &self.groups,
             leaves: &mut self.leaves,
-            by_name: &self.by_name,
+            parts: &self.parts,
+            by_name: &self.names,
             cycles: &self.cycles,
             options: self.options,
             carry: &mut self.carry,

@@ -1,6 +1,7 @@
 //! From addresses to numbers: a leaf's elements, its gradient's and its rows are lent a piece at a time, as slices of the
 //! number that the rule computes in; through a copy in the cache where they are stored otherwise.
 
+use std::mem::take;
 use std::ops::Range;
 use std::ptr::with_exposed_provenance_mut;
 
@@ -9,20 +10,22 @@ use numpy::prelude::*;
 use pyo3::prelude::*;
 use pyo3::types::PyWeakrefReference;
 
+use crate::array::{Array, Stored};
 use crate::codec::{self, Codec, Numbers, Rounding, keep_8, keep_bf16, mix, read_8, read_bf16};
-use crate::element::{Dtype, Element};
+use crate::element::{Dtype, Element, adopt};
 use crate::gradient::{Means, Prepare};
-use crate::kernel::{CHUNK, Kept, MAX_STATE};
+use crate::kernel::{Gradient, Kept, LINE, MAX_STATE};
 use crate::leaf::{Leaf, Place};
 use crate::simd::Level;
+use crate::step::Raw;
 
-use super::group::{Group, LINE, Number, Row};
+use super::group::{Fewer, Group, Number, Row};
 
 /// Elements that are copied at a time; they stay in the first-level cache.
 const BLOCK: usize = 2048;
 /// Elements of arrays that are read or written several times; they stay in the second-level cache.
-const SEVERAL: usize = 4096;
-const _: () = assert!(BLOCK.is_multiple_of(codec::BLOCK) && CHUNK.is_multiple_of(SEVERAL));
+pub const SEVERAL: usize = 4096;
+const _: () = assert!(BLOCK.is_multiple_of(codec::BLOCK));
 
 /// All rows of all leaves, in one array of NumPy's.
 pub struct Arena {
@@ -98,13 +101,22 @@ impl Arena {
     }
 }
 
-impl Place {
-    /// The address of the elements, where they can be lent as a slice of `F`.
-    fn slice<F: Element>(&self, dtype: Dtype) -> Option<usize> {
-        let is_slice = dtype == F::DTYPE
-            && self.layout.is_contiguous()
-            && self.data.is_multiple_of(align_of::<F>());
-        is_slice.then_some(self.data)
+impl Place<'_> {
+    /// Whether the elements can be lent as a slice of `T`, if that is what they are.
+    fn is_slice<T>(&self) -> bool {
+        self.is_contiguous && self.data.is_multiple_of(align_of::<T>())
+    }
+
+    /// Lends elements.
+    ///
+    /// # Safety
+    /// The place must be such a slice, of live elements of type `T`, which nobody else reads or writes while they are lent;
+    /// or nobody writes, where they are only read.
+    #[allow(clippy::mut_from_ref, reason = "as argued above")]
+    unsafe fn lend<'a, T>(&self, range: &Range<usize>) -> &'a mut [T] {
+        let first = with_exposed_provenance_mut::<T>(self.data).wrapping_add(range.start);
+        // SAFETY: as the caller vouches.
+        unsafe { std::slice::from_raw_parts_mut(first, range.len()) }
     }
 
     /// Copies elements out.
@@ -115,7 +127,7 @@ impl Place {
     /// # Safety
     /// The place must hold live elements of type `T` that nobody writes meanwhile.
     pub unsafe fn gather<T: Copy>(&self, range: Range<usize>, into: &mut [T]) {
-        if self.layout.is_contiguous() {
+        if self.is_contiguous {
             let first = self.data + range.start * size_of::<T>();
             let first = with_exposed_provenance_mut::<u8>(first);
             let into = into[..range.len()].as_mut_ptr().cast::<u8>();
@@ -139,7 +151,7 @@ impl Place {
     /// # Safety
     /// The place must hold live elements of type `T` that nobody else reads or writes meanwhile.
     pub unsafe fn scatter<T: Copy>(&self, range: Range<usize>, from: &[T]) {
-        if self.layout.is_contiguous() {
+        if self.is_contiguous {
             let first = self.data + range.start * size_of::<T>();
             let first = with_exposed_provenance_mut::<u8>(first);
             let from = from[..range.len()].as_ptr().cast::<u8>();
@@ -196,30 +208,35 @@ pub enum Use {
     Nothing,
     Read,
     Write,
+    /// Of parameters: reads and writes the weights in full, where parameters are those rounded.
+    Master,
     /// Of rows: reads and writes those that are whole; others are left alone, and empty.
     Whole,
 }
 
 /// What a visit to a leaf needs.
 #[derive(Clone, Copy)]
-pub struct Needs<'a, F> {
+pub struct Needs<'a> {
     pub p: Use,
     pub rows: Use,
     /// The gradient, and what is done to it before it is lent.
-    pub g: Option<Prepared<'a, F>>,
-    /// Whether arrays are gone over more than once.
-    pub several: bool,
+    pub g: Option<Prepared<'a>>,
+    /// Elements at a time, where none are copied.
+    pub piece: usize,
+    /// What may be lent as it is stored.
+    pub raw: Raw,
 }
 
 /// How a gradient is lent.
 #[derive(Clone, Copy)]
-pub struct Prepared<'a, F> {
+pub struct Prepared<'a> {
     pub prepare: Prepare,
-    pub means: Option<&'a Means<F>>,
+    pub means: Option<&'a Means>,
 }
 
 /// Where numbers are copied to that cannot be lent where they are; made when the first of them is met.
 pub struct Scratch<F> {
+    bits: [u16; BLOCK],
     p: [F; BLOCK],
     g: [F; BLOCK],
     state: [[F; BLOCK]; MAX_STATE],
@@ -228,6 +245,7 @@ pub struct Scratch<F> {
 impl<F: Element> Scratch<F> {
     fn new() -> Self {
         Self {
+            bits: [0; BLOCK],
             p: [F::default(); BLOCK],
             g: [F::default(); BLOCK],
             state: [[F::default(); BLOCK]; MAX_STATE],
@@ -235,11 +253,35 @@ impl<F: Element> Scratch<F> {
     }
 }
 
-/// Lends the pieces of a leaf to `each`, in order: elements' numbers, parameters, gradients, rows.
+/// Where numbers are lent from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum From {
+    Nowhere,
+    /// Their own place, in the numbers that are computed with.
+    Whole,
+    /// Their own place, in bfloat16.
+    Half,
+    /// The row of weights in full.
+    Master(usize),
+    /// A copy.
+    Copy,
+}
+
+impl From {
+    fn place<F: Element>(place: &Place, dtype: Dtype, raw: bool) -> Self {
+        match dtype {
+            dtype if dtype == F::DTYPE && place.is_slice::<F>() => Self::Whole,
+            Dtype::BF16 if raw && place.is_slice::<u16>() => Self::Half,
+            _ => Self::Copy,
+        }
+    }
+}
+
+/// Lends the pieces of a part of a leaf to `each`, in order: elements' numbers, parameters, gradients, rows.
 ///
 /// # Safety
-/// The caller must have the arena to itself; the places of the leaf, and of its gradient where that is needed, must hold
-/// live numbers of their formats, and share none with each other or the arena.
+/// The caller must have these elements and their rows in the arena to itself; the places of the leaf, and of its gradient
+/// where that is needed, must hold live numbers of their formats, and share none with each other or the arena.
 #[allow(
     clippy::too_many_lines,
     reason = "lending and taking back, side by side"
@@ -248,115 +290,152 @@ pub unsafe fn visit<F: Number>(
     arena: &Arena,
     group: &Group,
     leaf: &Leaf,
-    needs: Needs<F>,
+    part: Range<usize>,
+    needs: Needs,
     scratch: &mut Option<Box<Scratch<F>>>,
-    mut each: impl FnMut(Range<usize>, &mut [F], Option<&[F]>, &mut Kept<F>),
+    mut each: impl FnMut(Range<usize>, Stored<F>, Option<Gradient<F>>, &mut Kept<F>),
 ) {
     let level = Level::best();
-    let n = leaf.len();
+    let (p_place, g_place) = (leaf.p(), leaf.g());
+    let (dtype, g_dtype) = (leaf.dtype(), leaf.g_dtype());
     let states = F::kernel(group).state.len();
-    let rows = group.count(leaf);
-    let p_slice = leaf.p.slice::<F>(leaf.dtype);
-    let g_slice = needs
-        .g
-        .filter(|g| g.prepare == Prepare::NOTHING && g.means.is_none())
-        .and_then(|_| leaf.g.slice::<F>(leaf.g_dtype));
-    let keeps_fewer = F::DTYPE == Dtype::F32 && group.keeps_fewer;
-    let coded = keeps_fewer && matches!(needs.rows, Use::Read | Use::Write);
-    let lends = (p_slice.is_some() || needs.p == Use::Nothing)
-        && (g_slice.is_some() || needs.g.is_none())
-        && !coded;
-    let piece = match (lends, needs.several) {
-        (true, false) => CHUNK,
-        (true, true) => SEVERAL,
-        (false, _) => BLOCK,
+    let master = group.rows.master.filter(|_| dtype.is_narrow());
+    let p_from = match (needs.p, master) {
+        (Use::Nothing, _) => From::Nowhere,
+        (Use::Master, Some(row)) => From::Master(row),
+        _ => From::place::<F>(&p_place, dtype, needs.raw.p),
     };
-    let mut copies = if lends {
-        None
+    let mut factor = None;
+    let g_from = match needs.g {
+        None => From::Nowhere,
+        Some(Prepared { means: Some(_), .. }) => From::Copy,
+        Some(Prepared { prepare, .. }) if prepare == Prepare::NOTHING => {
+            From::place::<F>(&g_place, g_dtype, needs.raw.g)
+        }
+        Some(Prepared { prepare, .. }) => {
+            factor = prepare.factor::<F>().filter(|_| needs.raw.g);
+            match factor {
+                Some(_) => From::place::<F>(&g_place, g_dtype, true),
+                None => From::Copy,
+            }
+        }
+    };
+    if g_from == From::Copy {
+        factor = None;
+    }
+    let fewer = group.fewer.filter(|_| F::DTYPE == Dtype::F32);
+    let coded = fewer.filter(|_| matches!(needs.rows, Use::Read | Use::Write));
+    let halves = needs.raw.state && coded == Some(Fewer::BFloat16) && leaf.form.logical.is_none();
+    let copies = p_from == From::Copy || g_from == From::Copy || coded.is_some() && !halves;
+    let mut scratch = (copies || matches!(p_from, From::Master(_)))
+        .then(|| scratch.get_or_insert_with(|| Box::new(Scratch::new())));
+    let piece = if scratch.is_some() {
+        BLOCK
     } else {
-        Some(scratch.get_or_insert_with(|| Box::new(Scratch::new())))
+        needs.piece
     };
-    for start in (0..n).step_by(piece) {
-        let range = start..n.min(start + piece);
+    let mut start = part.start;
+    while start < part.end {
+        let range = start..part.end.min(start.saturating_add(piece));
+        start = range.end;
         let len = range.len();
-        let (mut p_copy, mut g_copy, mut state_copies) = (None, None, None);
-        if let Some(scratch) = &mut copies {
+        let (mut bits, mut p_copy, mut g_copy, mut state_copies) = (None, None, None, None);
+        if let Some(scratch) = &mut scratch {
+            bits = Some(&mut scratch.bits[..len]);
             p_copy = Some(&mut scratch.p[..len]);
             g_copy = Some(&mut scratch.g[..len]);
             state_copies = Some(&mut scratch.state);
         }
-        let p: &mut [F] = match (needs.p, p_slice) {
-            (Use::Nothing, _) => &mut [],
-            (_, Some(data)) => {
-                let first = with_exposed_provenance_mut::<F>(data).wrapping_add(start);
-                // SAFETY: the caller vouches for the numbers; they are contiguous and aligned.
-                unsafe { std::slice::from_raw_parts_mut(first, len) }
-            }
-            (_, None) => {
-                let copy = p_copy.expect("there is a scratch");
-                // SAFETY: as the caller vouches.
-                unsafe { leaf.p.load(leaf.dtype, range.clone(), copy) };
-                copy
-            }
-        };
-        let g: Option<&[F]> = match (needs.g, g_slice) {
-            (None, _) => None,
-            (Some(_), Some(data)) => {
-                let first = with_exposed_provenance_mut::<F>(data).wrapping_add(start);
-                // SAFETY: as above; it is only read.
-                Some(unsafe { std::slice::from_raw_parts(first, len) })
-            }
-            (Some(prepared), None) => {
-                let copy = g_copy.expect("there is a scratch");
-                // SAFETY: as the caller vouches.
-                unsafe { leaf.g.load(leaf.g_dtype, range.clone(), copy) };
-                prepared.prepare.apply(level, copy);
-                if let Some(means) = prepared.means {
-                    means.subtract(start, copy);
-                }
-                Some(copy)
-            }
-        };
         let mut kept = Kept::new(states);
-        if needs.rows != Use::Nothing && !keeps_fewer {
-            let bytes = (n * size_of::<F>()).next_multiple_of(LINE);
-            for row in 0..rows {
-                // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
-                kept.push(row, unsafe {
-                    arena.lend(leaf.at + row * bytes, start, len)
-                });
-            }
-        } else if needs.rows != Use::Nothing {
-            let mut state_copies = state_copies.into_iter().flatten();
+        kept.first = range.start as u64;
+        if needs.rows != Use::Nothing {
+            let mut copies = state_copies.into_iter().flatten();
             for (index, row) in group.rows(leaf).enumerate() {
-                if row.codec != Codec::Whole && !coded {
-                    continue;
-                }
-                let copy = (index < states).then(|| state_copies.next()).flatten();
-                let array = match (row.codec, copy) {
+                let copy = (index < states).then(|| copies.next()).flatten();
+                let array = match row.codec {
+                    Codec::Whole => {
+                        // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
+                        Array::Whole(unsafe { arena.lend(row.codes, range.start, len) })
+                    }
+                    _ if coded.is_none() => continue,
                     // SAFETY: as above.
-                    (Codec::Whole, _) => unsafe { arena.lend(row.codes, start, len) },
-                    (_, copy) => {
+                    _ if halves => Array::Half(unsafe { arena.lend(row.codes, range.start, len) }),
+                    _ => {
                         let copy = &mut copy.expect("only state is coded")[..len];
                         // SAFETY: as above.
-                        unsafe { read(level, arena, row, start, copy) };
-                        copy
+                        unsafe { read(level, arena, row, range.start, copy) };
+                        Array::Whole(copy)
                     }
                 };
                 kept.push(index, array);
             }
+            if halves {
+                kept.rounding = [0, 2].map(|row| rounding(group, leaf, row));
+            }
         }
-        each(range.clone(), p, g, &mut kept);
-        if needs.p == Use::Write && p_slice.is_none() {
-            // SAFETY: as the caller vouches.
-            unsafe { leaf.p.store(leaf.dtype, range.clone(), p) };
+        let p = match p_from {
+            From::Nowhere => Stored::default(),
+            // SAFETY: the caller vouches for the numbers.
+            From::Whole => Array::Whole(unsafe { p_place.lend(&range) }),
+            // SAFETY: as above.
+            From::Half => Array::Half(unsafe { p_place.lend(&range) }),
+            From::Master(row) => {
+                let bits = bits.as_deref_mut().expect("there is a scratch");
+                let master = take(kept.row(row));
+                // SAFETY: as the caller vouches.
+                unsafe { p_place.gather(range.clone(), bits) };
+                adopt(level, dtype, bits, master);
+                Array::Whole(master)
+            }
+            From::Copy => {
+                let copy = p_copy.expect("there is a scratch");
+                // SAFETY: as the caller vouches.
+                unsafe { p_place.load(dtype, range.clone(), copy) };
+                Array::Whole(copy)
+            }
+        };
+        let g = match g_from {
+            From::Nowhere | From::Master(_) => None,
+            // SAFETY: as above; it is only read.
+            From::Whole => Some(Array::Whole(&*unsafe { g_place.lend(&range) })),
+            // SAFETY: as above.
+            From::Half => Some(Array::Half(&*unsafe { g_place.lend(&range) })),
+            From::Copy => {
+                let prepared = needs.g.expect("asked for");
+                let copy = g_copy.expect("there is a scratch");
+                // SAFETY: as the caller vouches.
+                unsafe { g_place.load(g_dtype, range.clone(), copy) };
+                prepared.prepare.apply(level, copy);
+                if let Some(means) = prepared.means {
+                    means.subtract(range.start, copy);
+                }
+                Some(Array::Whole(&*copy))
+            }
+        };
+        let g = g.map(|array| Gradient { array, factor });
+        // What is taken back is lent once more.
+        let mut p = p;
+        each(range.clone(), p.again(), g, &mut kept);
+        match (p_from, p) {
+            (From::Copy, Array::Whole(p)) if needs.p != Use::Read => {
+                // SAFETY: as the caller vouches.
+                unsafe { p_place.store(dtype, range.clone(), p) };
+            }
+            (From::Master(_), Array::Whole(master)) => {
+                let bits = bits.expect("there is a scratch");
+                F::narrow(level, dtype, master, bits);
+                // SAFETY: as the caller vouches.
+                unsafe { p_place.scatter(range.clone(), bits) };
+            }
+            _ => {}
         }
-        if needs.rows == Use::Write && coded {
+        if needs.rows == Use::Write && coded.is_some() && !halves {
             for (index, row) in group.rows(leaf).enumerate().take(states) {
                 if row.codec != Codec::Whole {
                     let rounding = rounding(group, leaf, index);
+                    let from = kept.row(index);
                     // SAFETY: as above; what was read was a copy.
-                    unsafe { keep(level, arena, row, leaf, rounding, start, kept.row(index)) };
+                    unsafe { keep(level, arena, row, leaf, rounding, range.start, from) };
                 }
             }
         }
@@ -368,6 +447,7 @@ fn rounding(group: &Group, leaf: &Leaf, row: usize) -> Rounding {
     let Some(seed) = group.rounding else {
         return Rounding::Nearest;
     };
+    // Two rows share random words.
     #[allow(
         clippy::cast_possible_truncation,
         reason = "both halves are used, and rows are few"
@@ -376,13 +456,12 @@ fn rounding(group: &Group, leaf: &Leaf, row: usize) -> Rounding {
         leaf.key,
         group.step as u32,
         (group.step >> 32) as u32,
-        row as u32,
+        (row / 2) as u32,
     ];
-    Rounding::Stochastic {
-        key: words
-            .into_iter()
-            .fold(mix(seed), |key, word| mix(key ^ word)),
-    }
+    let key = words
+        .into_iter()
+        .fold(mix(seed), |key, word| mix(key ^ word));
+    Rounding::Stochastic { key, row }
 }
 
 /// Reads a piece of a coded row.
@@ -421,7 +500,7 @@ unsafe fn keep<F: Element>(
 ) {
     let n = from.len();
     let mut numbers = [0_u64; BLOCK];
-    let numbers = match &leaf.logical {
+    let numbers = match &leaf.form.logical {
         None => Numbers::From(start as u64),
         Some(logical) => {
             let mut number = numbers.iter_mut();
@@ -471,7 +550,7 @@ pub unsafe fn fill<const N: usize>(arena: &Arena, byte: usize, from: &Place) {
 ///
 /// # Safety
 /// As [`Place::gather`], for the leaf.
-pub unsafe fn save(leaf: &Leaf, place: &Place) -> Vec<u8> {
+pub unsafe fn save(leaf: &Leaf, place: Place) -> Vec<u8> {
     unsafe fn of<const N: usize>(place: &Place) -> Vec<u8> {
         let mut elements = vec![[0; N]; place.layout.len()];
         // SAFETY: as the caller vouches.
@@ -480,10 +559,10 @@ pub unsafe fn save(leaf: &Leaf, place: &Place) -> Vec<u8> {
     }
     // SAFETY: as the caller vouches.
     unsafe {
-        match leaf.dtype.size() {
-            2 => of::<2>(place),
-            4 => of::<4>(place),
-            _ => of::<8>(place),
+        match leaf.dtype().size() {
+            2 => of::<2>(&place),
+            4 => of::<4>(&place),
+            _ => of::<8>(&place),
         }
     }
 }
@@ -500,10 +579,10 @@ pub unsafe fn restore(leaf: &Leaf, bytes: &[u8]) {
     }
     // SAFETY: as the caller vouches.
     unsafe {
-        match leaf.dtype.size() {
-            2 => to::<2>(&leaf.p, bytes),
-            4 => to::<4>(&leaf.p, bytes),
-            _ => to::<8>(&leaf.p, bytes),
+        match leaf.dtype().size() {
+            2 => to::<2>(&leaf.p(), bytes),
+            4 => to::<4>(&leaf.p(), bytes),
+            _ => to::<8>(&leaf.p(), bytes),
         }
     }
 }

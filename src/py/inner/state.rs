@@ -13,6 +13,7 @@ use super::Inner;
 use crate::codec::Codec;
 use crate::element::Dtype;
 use crate::error::{Error, tuple};
+use crate::layout::Layout;
 use crate::leaf::{Leaf, Place};
 use crate::rule::CARRY;
 
@@ -39,6 +40,22 @@ pub struct Counters {
 /// An array that is kept for a leaf: its name, its dtype and its shape.
 pub type Kind = (String, &'static str, Vec<usize>);
 
+/// Where an array to copy from has its elements.
+struct Source {
+    data: usize,
+    layout: Layout,
+}
+
+impl Source {
+    fn place(&self) -> Place<'_> {
+        Place {
+            data: self.data,
+            layout: &self.layout,
+            is_contiguous: self.layout.is_contiguous(),
+        }
+    }
+}
+
 impl Inner {
     /// Each leaf's slow weights as they are now; those that have to be made are copies.
     pub fn slow(&mut self, py: Python<'_>) -> PyResult<Vec<View>> {
@@ -56,7 +73,7 @@ impl Inner {
             return indices.map(|index| self.average(py, index)).collect();
         }
         let views = self.leaves.iter().zip(&self.arrays).map(|(leaf, array)| {
-            let group = &self.groups[leaf.group];
+            let group = &self.groups[leaf.group()];
             let slow = group.rows.slow().and_then(|row| group.rows(leaf).nth(row));
             slow.map_or_else(|| fast(array), |row| self.whole(py, leaf, row.codes))
         });
@@ -68,7 +85,7 @@ impl Inner {
         let shape = Some(shape(&self.leaves[index]));
         let n = self.leaves[index].len();
         let all = self.all();
-        let array = if all.leaves[index].dtype == Dtype::F64 {
+        let array = if all.leaves[index].dtype() == Dtype::F64 {
             let numbers = PyArray1::<f64>::zeros(py, n, false);
             // SAFETY: the leaves have just been checked, and nobody else has seen the new array.
             unsafe { all.average(index, numbers.as_slice_mut()?) };
@@ -89,7 +106,7 @@ impl Inner {
     /// Each leaf's state arrays, by name; those that are kept in fewer bits are copies in float32.
     pub fn state(&self, py: Python<'_>) -> PyResult<Vec<Vec<(&'static str, View)>>> {
         let of_leaf = |leaf: &Leaf| {
-            let group = &self.groups[leaf.group];
+            let group = &self.groups[leaf.group()];
             let rows = group.single.state.iter().copied().zip(group.rows(leaf));
             rows.map(|(name, row)| {
                 if row.codec == Codec::Whole {
@@ -128,16 +145,18 @@ impl Inner {
 
     /// What is kept for a leaf, and at which byte.
     fn kinds_of(&self, leaf: &Leaf) -> Vec<(Kind, usize)> {
-        let group = &self.groups[leaf.group];
+        let group = &self.groups[leaf.group()];
         let mut kinds = Vec::new();
         for (name, row) in group.rows.names.iter().zip(group.rows(leaf)) {
             let name = name.clone();
             match row.codec {
                 Codec::Whole => {
                     let dtype = number(leaf);
-                    kinds.push(((name, dtype, leaf.shape.to_vec()), row.codes));
+                    kinds.push(((name, dtype, leaf.form.shape.to_vec()), row.codes));
                 }
-                Codec::BFloat16 => kinds.push(((name, "bfloat16", leaf.shape.to_vec()), row.codes)),
+                Codec::BFloat16 => {
+                    kinds.push(((name, "bfloat16", leaf.form.shape.to_vec()), row.codes))
+                }
                 Codec::Signed8 | Codec::Unsigned8 => {
                     let (codes, scales) = row.codec.bytes(leaf.len(), 4);
                     let scale = format!("{name}.scale");
@@ -158,7 +177,7 @@ impl Inner {
             // A plain array, whatever the parameter is.
             let mut copies = vec![array_of.call1((array,))?];
             for ((_, dtype, shape_of), byte) in self.kinds_of(leaf) {
-                let view = if shape_of == *leaf.shape && dtype != "uint8" {
+                let view = if shape_of == *leaf.form.shape && dtype != "uint8" {
                     self.bits(py, leaf, byte, dtype)
                 } else {
                     let size = if dtype == "uint8" { 1 } else { 4 };
@@ -189,11 +208,18 @@ impl Inner {
             return Err(Error::State("state".into(), "is of another optimizer".into()).into());
         }
         let mut sources = Vec::with_capacity(arrays.len());
-        for (leaf, arrays) in self.leaves.iter().zip(arrays) {
-            let mut kinds = vec![((String::from("params"), "params", leaf.shape.to_vec()), 0)];
+        for (index, (leaf, arrays)) in self.leaves.iter().zip(arrays).enumerate() {
+            let mut kinds = vec![(
+                (String::from("params"), "params", leaf.form.shape.to_vec()),
+                0,
+            )];
             kinds.extend(self.kinds_of(leaf));
             if arrays.len() != kinds.len() {
-                return Err(Error::State(leaf.name.clone(), "has another state".into()).into());
+                return Err(Error::State(
+                    self.names.names.get(index).into(),
+                    "has another state".into(),
+                )
+                .into());
             }
             let mut places = Vec::with_capacity(arrays.len());
             for (((name, dtype, shape_of), byte), array) in kinds.into_iter().zip(arrays) {
@@ -202,10 +228,10 @@ impl Inner {
                     "bfloat16" => 2,
                     "float32" => 4,
                     "float64" => 8,
-                    _ => leaf.dtype.size(),
+                    _ => leaf.dtype().size(),
                 };
                 places.push((
-                    self.source(leaf, &name, array, &shape_of, size)?,
+                    self.source(index, &name, array, &shape_of, size)?,
                     byte,
                     size,
                 ));
@@ -218,16 +244,17 @@ impl Inner {
         let copied = py.detach(|| {
             catch_unwind(AssertUnwindSafe(|| {
                 for (leaf, places) in self.leaves.iter().zip(&sources) {
-                    for (index, (place, byte, size)) in places.iter().enumerate() {
+                    for (index, (source, byte, size)) in places.iter().enumerate() {
+                        let place = source.place();
                         // SAFETY: the sources have just been checked, are held by our caller, and share no memory with
                         // leaves or arena, which we hold and have to ourselves.
                         unsafe {
                             match (index, size) {
                                 (0, _) => restore(leaf, &save(leaf, place)),
-                                (_, 1) => fill::<1>(&self.arena, *byte, place),
-                                (_, 2) => fill::<2>(&self.arena, *byte, place),
-                                (_, 4) => fill::<4>(&self.arena, *byte, place),
-                                _ => fill::<8>(&self.arena, *byte, place),
+                                (_, 1) => fill::<1>(&self.arena, *byte, &place),
+                                (_, 2) => fill::<2>(&self.arena, *byte, &place),
+                                (_, 4) => fill::<4>(&self.arena, *byte, &place),
+                                _ => fill::<8>(&self.arena, *byte, &place),
                             }
                         }
                     }
@@ -237,7 +264,8 @@ impl Inner {
         self.broken |= copied.is_err();
         copied.map_err(|_| Error::Internal)?;
         for (leaf, (steps, carry)) in self.leaves.iter_mut().zip(counters.leaves) {
-            (leaf.steps, leaf.carry) = (steps, carry);
+            leaf.steps = steps;
+            leaf.set_carry(carry);
         }
         for (cycle, (done, syncs)) in self.cycles.0.iter_mut().zip(counters.cycles) {
             (cycle.done, cycle.syncs) = (done, syncs);
@@ -251,13 +279,13 @@ impl Inner {
     /// Where an array to copy from has its elements.
     fn source(
         &self,
-        leaf: &Leaf,
+        leaf: usize,
         name: &str,
         array: &Bound<'_, PyAny>,
         shape_of: &[usize],
         size: usize,
-    ) -> PyResult<Place> {
-        let of = || format!("{} of {}", name, leaf.name);
+    ) -> PyResult<Source> {
+        let of = || format!("{} of {}", name, self.names.names.get(leaf));
         let array = as_array(array, of)?;
         let dtype = array.dtype();
         if dtype.itemsize() != size || *array.shape() != *shape_of {
@@ -269,11 +297,12 @@ impl Inner {
         }
         // SAFETY: `array` is a live NumPy array and we are attached, so its fields are there to be read.
         let data = unsafe { (*array.as_array_ptr()).fields.data.expose_provenance() };
-        let place = Place::raw(leaf, data, array.shape(), array.strides(), size);
-        if !self.spans.touching(&place.span()).is_empty() {
+        let layout = self.leaves[leaf].layout_of(array.shape(), array.strides(), size);
+        let source = Source { data, layout };
+        if !self.spans.touching(&source.place().span()).is_empty() {
             return Err(Error::SharesMemory(of(), "the optimizer's arrays".into()).into());
         }
-        Ok(place)
+        Ok(source)
     }
 
     /// Counters as they are.
@@ -291,7 +320,7 @@ impl Inner {
             leaves: self
                 .leaves
                 .iter()
-                .map(|leaf| (leaf.steps, leaf.carry))
+                .map(|leaf| (leaf.steps, leaf.carry()))
                 .collect(),
         }
     }
@@ -330,7 +359,7 @@ impl Inner {
 
 /// The number that a leaf is computed in.
 fn number(leaf: &Leaf) -> &'static str {
-    match leaf.dtype.compute() {
+    match leaf.dtype().compute() {
         Dtype::F64 => "float64",
         _ => "float32",
     }
@@ -338,10 +367,15 @@ fn number(leaf: &Leaf) -> &'static str {
 
 /// A run of a leaf's elements in its shape.
 fn shape(leaf: &Leaf) -> Shape {
-    let mut axes = vec![0; leaf.order.len()];
-    for (position, &axis) in leaf.order.iter().enumerate() {
+    let mut axes = vec![0; leaf.form.order.len()];
+    for (position, &axis) in leaf.form.order.iter().enumerate() {
         axes[axis] = position;
     }
-    let walked = leaf.order.iter().map(|&axis| leaf.shape[axis]).collect();
+    let walked = leaf
+        .form
+        .order
+        .iter()
+        .map(|&axis| leaf.form.shape[axis])
+        .collect();
     Shape { walked, axes }
 }

@@ -4,15 +4,17 @@
 use std::mem::take;
 use std::ops::Range;
 
-use super::super::group::{Group, Number};
-use super::super::memory::{Needs, Prepared, Scratch, Use, visit};
-use super::{All, Grads};
+use super::super::group::Group;
+use super::super::memory::{Needs, Prepared, SEVERAL, Use, visit};
+use super::{All, Gather, Grads, Handled, Hands, as_computed};
+use crate::array::Stored;
+use crate::element::Dtype;
 use crate::gradient::{Means, Prepare};
-use crate::kernel::Kept;
+use crate::kernel::{Gradient, Kept};
 use crate::leaf::Leaf;
-use crate::reduce::{Total, plus};
-use crate::rule::SUMS;
+use crate::reduce::CHUNK;
 use crate::simd::Level;
+use crate::step::Raw;
 
 impl All<'_> {
     /// What the norm asks gradients to be multiplied by, the norm itself, and the first leaf that is not finite.
@@ -46,11 +48,7 @@ impl All<'_> {
                 return (squares.sqrt(), None);
             }
             // Squares of float64 may vanish or overflow where the norm does not: then once more, in other units.
-            let bad = self
-                .not_finite::<f32>(grads)
-                .into_iter()
-                .chain(self.not_finite::<f64>(grads))
-                .min();
+            let bad = self.not_finite(grads);
             if (1e-290..f64::INFINITY).contains(&squares) {
                 return (squares.sqrt(), bad);
             }
@@ -60,54 +58,83 @@ impl All<'_> {
     }
 
     unsafe fn squares(&self, grads: Grads, unit: f64) -> f64 {
-        // SAFETY: as the caller vouches.
-        unsafe { self.squares_of::<f32>(grads, unit) + self.squares_of::<f64>(grads, unit) }
+        let sums = self.totals(
+            |index| grads.has[index],
+            |hands, gather, index, part| {
+                let leaf = &self.leaves[index];
+                // SAFETY: as the caller vouches.
+                unsafe {
+                    as_computed!(
+                        leaf,
+                        self.squares_of(hands, gather, leaf, part, grads, unit)
+                    )
+                }
+            },
+        );
+        self.added_up(&sums)[0]
     }
 
-    unsafe fn squares_of<F: Number>(&self, grads: Grads, unit: f64) -> f64 {
-        let (mut squares, mut scratch) = (0.0, None);
-        for (_, leaf) in self.leaves_of::<F>(grads.has) {
-            let mut total = Total::default();
-            let each = |range: Range<usize>, g: &[F]| {
-                total.chunk.add_squares(Level::best(), g, unit);
-                total.close(range.end, leaf.len());
-            };
-            let prepare = self.prepare(&self.groups[leaf.group], grads, 1.0);
-            // SAFETY: as the caller vouches.
-            unsafe { self.gradient(leaf, prepare, &mut scratch, each) };
-            squares += total.sums[0];
-        }
-        squares
-    }
-
-    unsafe fn not_finite<F: Number>(&self, grads: Grads) -> Option<usize> {
-        let (mut first, mut scratch) = (None, None);
-        for (index, leaf) in self.leaves_of::<F>(grads.has) {
-            let mut bad = false;
-            let each = |_, g: &[F]| bad |= g.iter().any(|x| !x.is_number());
-            // An infinity is no less one where it would be cut.
-            let prepare = Prepare {
-                limit: None,
-                ..self.prepare(&self.groups[leaf.group], grads, 1.0)
-            };
-            // SAFETY: as the caller vouches.
-            unsafe { self.gradient(leaf, prepare, &mut scratch, each) };
-            if bad {
-                first = Some(first.unwrap_or(index).min(index));
-            }
-        }
-        first
-    }
-
-    /// Lends a leaf's gradient alone.
-    unsafe fn gradient<F: Number>(
+    unsafe fn squares_of<F: Handled>(
         &self,
+        hands: &mut Hands,
+        gather: &mut Gather,
         leaf: &Leaf,
+        part: Range<usize>,
+        grads: Grads,
+        unit: f64,
+    ) {
+        let prepare = self.prepare(&self.groups[leaf.group()], grads, 1.0);
+        let each = |range: Range<usize>, g: &[F]| {
+            gather.chunk.add_squares(Level::best(), g, unit);
+            gather.close(range.end);
+        };
+        // SAFETY: as the caller vouches.
+        unsafe { self.gradient(hands, leaf, part, prepare, each) };
+    }
+
+    /// The first leaf of which an element is not finite.
+    unsafe fn not_finite(&self, grads: Grads) -> Option<usize> {
+        let first = self.over(|hands, first: &mut Option<usize>, index, part| {
+            let leaf = &self.leaves[index];
+            if first.is_none() && self.moves(grads.has, index) {
+                // SAFETY: as the caller vouches.
+                let bad =
+                    unsafe { as_computed!(leaf, self.is_not_finite(hands, leaf, part, grads)) };
+                *first = bad.then_some(index);
+            }
+        });
+        first.into_iter().flatten().min()
+    }
+
+    unsafe fn is_not_finite<F: Handled>(
+        &self,
+        hands: &mut Hands,
+        leaf: &Leaf,
+        part: Range<usize>,
+        grads: Grads,
+    ) -> bool {
+        // An infinity is no less one where it would be cut.
+        let prepare = Prepare {
+            limit: None,
+            ..self.prepare(&self.groups[leaf.group()], grads, 1.0)
+        };
+        let mut bad = false;
+        let each = |_, g: &[F]| bad |= g.iter().any(|x| !x.is_number());
+        // SAFETY: as the caller vouches.
+        unsafe { self.gradient(hands, leaf, part, prepare, each) };
+        bad
+    }
+
+    /// Lends a part of a leaf's gradient alone.
+    unsafe fn gradient<F: Handled>(
+        &self,
+        hands: &mut Hands,
+        leaf: &Leaf,
+        part: Range<usize>,
         prepare: Prepare,
-        scratch: &mut Option<Box<Scratch<F>>>,
         mut each: impl FnMut(Range<usize>, &[F]),
     ) {
-        let group = &self.groups[leaf.group];
+        let group = &self.groups[leaf.group()];
         let needs = Needs {
             p: Use::Nothing,
             rows: Use::Nothing,
@@ -115,13 +142,15 @@ impl All<'_> {
                 prepare,
                 means: None,
             }),
-            several: false,
+            piece: CHUNK,
+            raw: Raw::default(),
         };
-        let each = |range, _: &mut [F], g: Option<&[F]>, _: &mut Kept<F>| {
-            each(range, g.expect("asked for"));
+        let each = |range, _: Stored<F>, g: Option<Gradient<F>>, _: &mut Kept<F>| {
+            each(range, g.and_then(|g| g.whole()).expect("asked for so"));
         };
+        let scratch = &mut F::hand(hands).scratch;
         // SAFETY: as the caller vouches.
-        unsafe { visit(self.arena, group, leaf, needs, scratch, each) };
+        unsafe { visit(self.arena, group, leaf, part, needs, scratch, each) };
     }
 
     /// The slow step that the gradients at both ends of a cycle say is best: along a line on which the loss is a
@@ -131,7 +160,20 @@ impl All<'_> {
     /// As [`visit`], for all leaves and gradients.
     pub unsafe fn best_slow_step(&self, grads: Grads, low: f64) -> f64 {
         // SAFETY: as the caller vouches.
-        let [first, change] = unsafe { plus(self.slopes::<f32>(grads), self.slopes::<f64>(grads)) };
+        let means = unsafe { self.means(grads, 1.0) };
+        let sums = self.totals(
+            |_| true,
+            |hands, gather, index, part| {
+                let leaf = &self.leaves[index];
+                let prepared = grads.has[index].then(|| Prepared {
+                    prepare: self.prepare(&self.groups[leaf.group()], grads, 1.0),
+                    means: means.get(index).and_then(Option::as_ref),
+                });
+                // SAFETY: as the caller vouches.
+                unsafe { as_computed!(leaf, self.slopes(hands, gather, leaf, part, prepared)) }
+            },
+        );
+        let [first, change] = self.added_up(&sums);
         // Slopes along the way from slow to fast: `first` at slow, `change` less at fast.
         if change < 0.0 {
             (first / change).clamp(low, 1.0)
@@ -142,51 +184,43 @@ impl All<'_> {
         }
     }
 
-    unsafe fn slopes<F: Number>(&self, grads: Grads) -> [f64; SUMS] {
-        let (mut sums, mut scratch) = ([0.0; SUMS], None);
-        for &index in self.by_name {
-            let leaf = &self.leaves[index];
-            let group = &self.groups[leaf.group];
-            if leaf.dtype.compute() != F::DTYPE || group.frozen {
-                continue;
-            }
-            let has = grads.has[index];
-            let prepare = self.prepare(group, grads, 1.0);
-            let mut means = None;
-            if has {
-                // SAFETY: as the caller vouches.
-                means = unsafe { self.means(leaf, prepare, &mut scratch) };
-            }
-            let needs = Needs {
-                p: Use::Read,
-                rows: Use::Whole,
-                g: has.then_some(Prepared {
-                    prepare,
-                    means: means.as_ref(),
-                }),
-                several: true,
-            };
-            let step = Self::step_of::<F>(group, leaf, &[], 0, &[]);
-            let (slow, begun) = (group.rows.innermost(), group.rows.gradient);
-            let (slow, begun) = (slow.expect("a cycle"), begun.expect("a row for it"));
-            let mut total = Total::default();
-            let each = |range: Range<usize>, p: &mut [F], g: Option<&[F]>, kept: &mut Kept<F>| {
+    unsafe fn slopes<F: Handled>(
+        &self,
+        hands: &mut Hands,
+        gather: &mut Gather,
+        leaf: &Leaf,
+        part: Range<usize>,
+        g: Option<Prepared<'_>>,
+    ) {
+        let group = &self.groups[leaf.group()];
+        let needs = Needs {
+            p: Use::Read,
+            rows: Use::Whole,
+            g,
+            piece: SEVERAL,
+            raw: Raw::default(),
+        };
+        let step = Self::step_of::<F>(group, leaf, &[], 0, &[]);
+        let (slow, begun) = (group.rows.innermost(), group.rows.gradient);
+        let (slow, begun) = (slow.expect("a cycle"), begun.expect("a row for it"));
+        let each =
+            |range: Range<usize>, mut p: Stored<F>, g: Option<Gradient<F>>, kept: &mut Kept<F>| {
+                let p = &mut **p.whole();
                 step.load(p, kept);
                 let slow = take(kept.row(slow));
                 let before = take(kept.row(begun));
-                total.chunk.add_each(p.len(), |i| {
+                let g = g.and_then(|g| g.whole());
+                gather.chunk.add_each(p.len(), |i| {
                     let way = p[i].widened() - slow[i].widened();
                     // A loss that a leaf has no part in has no slope along it.
                     let now = g.map_or(0.0, |g| g[i].widened());
                     [way * before[i].widened(), way * (before[i].widened() - now)]
                 });
-                total.close(range.end, leaf.len());
+                gather.close(range.end);
             };
-            // SAFETY: as the caller vouches.
-            unsafe { visit(self.arena, group, leaf, needs, &mut scratch, each) };
-            sums = plus(sums, total.sums);
-        }
-        sums
+        let scratch = &mut F::hand(hands).scratch;
+        // SAFETY: as the caller vouches.
+        unsafe { visit(self.arena, group, leaf, part, needs, scratch, each) };
     }
 
     pub(super) fn prepare(&self, group: &Group, grads: Grads, clip: f64) -> Prepare {
@@ -198,25 +232,47 @@ impl All<'_> {
         }
     }
 
-    /// The means of a leaf's gradient, where it has more than one axis and they are to be taken away.
-    pub(super) unsafe fn means<F: Number>(
+    /// The means of each leaf's gradient, where they are to be taken away; nothing where none is.
+    ///
+    /// # Safety
+    /// As [`visit`], for all leaves and gradients.
+    pub(super) unsafe fn means(&self, grads: Grads, clip: f64) -> Vec<Option<Means>> {
+        let Some(axis) = self.options.centralize else {
+            return Vec::new();
+        };
+        let mut hands = Hands::default();
+        let mut of_leaf = |(index, leaf): (usize, &Leaf)| {
+            let prepare = self.prepare(&self.groups[leaf.group()], grads, clip);
+            if !self.moves(grads.has, index) {
+                return None;
+            }
+            // SAFETY: as the caller vouches.
+            unsafe { as_computed!(leaf, self.means_of(&mut hands, leaf, prepare, axis)) }
+        };
+        self.leaves.iter().enumerate().map(&mut of_leaf).collect()
+    }
+
+    /// The means of a leaf's gradient, where it has more than one axis.
+    unsafe fn means_of<F: Handled>(
         &self,
+        hands: &mut Hands,
         leaf: &Leaf,
         prepare: Prepare,
-        scratch: &mut Option<Box<Scratch<F>>>,
-    ) -> Option<Means<F>> {
-        let dims = leaf.shape.len();
-        let axis = self.options.centralize.filter(|_| dims > 1)?;
-        let axis = axis.rem_euclid(dims.cast_signed()).cast_unsigned();
-        let position = leaf.order.iter().position(|&a| a == axis)?;
-        let inner = leaf.order[position + 1..]
+        axis: isize,
+    ) -> Option<Means> {
+        let (shape, order) = (&leaf.form.shape, &leaf.form.order);
+        let axis = axis
+            .rem_euclid(shape.len().max(1).cast_signed())
+            .cast_unsigned();
+        let position = order
             .iter()
-            .map(|&a| leaf.shape[a])
-            .product();
-        let mut means = Means::new(leaf.shape[axis], inner);
+            .position(|&a| a == axis)
+            .filter(|_| shape.len() > 1)?;
+        let inner = order[position + 1..].iter().map(|&a| shape[a]).product();
+        let mut means = Means::new(shape[axis], inner);
         let each = |range: Range<usize>, g: &[F]| means.add(range.start, g);
         // SAFETY: as the caller vouches.
-        unsafe { self.gradient(leaf, prepare, scratch, each) };
+        unsafe { self.gradient(hands, leaf, 0..leaf.len(), prepare, each) };
         means.finish(leaf.len());
         Some(means)
     }
