@@ -266,7 +266,7 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
     let (rounding, numbers) = (kept.rounding, Numbers::From(kept.first));
     let mut arrays = kept.state.iter_mut();
     let mut state: [_; N] = from_fn(|_| arrays.next().expect("an array per state").again());
-    let mut start = 0;
+    let (mut words, mut start) = ([0; FEW], 0);
     while start < n {
         let end = (start + FEW).min(if start < peeled { peeled } else { n });
         let part = start..end;
@@ -305,7 +305,7 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
             #[inline(always)]
             |_, x| to_bf16(x),
         );
-        let (mut words, mut of_rows) = ([0; FEW], None);
+        let mut of_rows = None;
         for (row, (array, copy)) in state.iter_mut().zip(&copies).enumerate() {
             match rounding[row / 2] {
                 Rounding::Nearest => {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use numpy::npyffi::NPY_ARRAY_WRITEABLE;
 use numpy::prelude::*;
-use numpy::{PyArrayDescr, PyUntypedArray};
+use numpy::{PyArrayDescr, PyUntypedArray, dtype};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PySlice, PyTuple, PyType};
@@ -13,15 +13,46 @@ use crate::element::Dtype;
 use crate::error::Error;
 use crate::leaf::Header;
 
+/// Addresses of what NumPy has one of as long as the process lives: nearly all arrays are of that type, and of one of these
+/// dtypes, and asking in any other way takes longer than a small step.
+struct Known {
+    array: usize,
+    f16: usize,
+    f32: usize,
+    f64: usize,
+}
+
+impl Known {
+    fn get(py: Python<'_>) -> &'static Self {
+        static KNOWN: PyOnceLock<Known> = PyOnceLock::new();
+        KNOWN.get_or_init(py, || Self {
+            array: py.get_type::<PyUntypedArray>().as_ptr().addr(),
+            f16: dtype::<half::f16>(py).as_ptr().addr(),
+            f32: dtype::<f32>(py).as_ptr().addr(),
+            f64: dtype::<f64>(py).as_ptr().addr(),
+        })
+    }
+}
+
 /// An array whose elements we may step, or why not.
+#[inline]
 pub fn as_array<'a, 'py>(
     x: &'a Bound<'py, PyAny>,
     name: impl Fn() -> String,
 ) -> PyResult<&'a Bound<'py, PyUntypedArray>> {
-    static MEMMAP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    if let Ok(array) = x.cast_exact::<PyUntypedArray>() {
-        return Ok(array);
+    if x.get_type_ptr().addr() == Known::get(x.py()).array {
+        // SAFETY: that is its type.
+        return Ok(unsafe { x.cast_unchecked() });
     }
+    as_memmap(x, name)
+}
+
+#[cold]
+fn as_memmap<'a, 'py>(
+    x: &'a Bound<'py, PyAny>,
+    name: impl Fn() -> String,
+) -> PyResult<&'a Bound<'py, PyUntypedArray>> {
+    static MEMMAP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     let kind = x.get_type().name()?.to_string();
     match x.cast::<PyUntypedArray>() {
         // No subclass of theirs: it may answer for itself what shares its memory.
@@ -32,34 +63,45 @@ pub fn as_array<'a, 'py>(
 }
 
 /// What the array says of itself now.
+#[inline]
 pub fn header<'a>(
     array: &'a Bound<'_, PyUntypedArray>,
     name: impl Fn() -> String,
 ) -> Result<Header<'a>, Error> {
-    let descr = array.dtype();
+    // SAFETY: `array` is a live NumPy array and we are attached, so its fields are there to be read.
+    let fields = unsafe { &(*array.as_array_ptr()).fields };
+    let known = Known::get(array.py());
+    let dtype = match fields.descr.addr() {
+        descr if descr == known.f32 => Dtype::F32,
+        descr if descr == known.f64 => Dtype::F64,
+        descr if descr == known.f16 => Dtype::F16,
+        _ => other_dtype(&array.dtype(), name)?,
+    };
+    Ok(Header {
+        data: fields.data.expose_provenance(),
+        dtype,
+        writeable: fields.flags & NPY_ARRAY_WRITEABLE != 0,
+        shape: array.shape(),
+        strides: array.strides(),
+    })
+}
+
+#[cold]
+fn other_dtype(
+    descr: &Bound<'_, PyArrayDescr>,
+    name: impl Fn() -> String,
+) -> Result<Dtype, Error> {
     let dtype = match descr.char() {
         b'f' => Dtype::F32,
         b'd' => Dtype::F64,
         b'e' => Dtype::F16,
-        b'E' if is_bfloat16(&descr) => Dtype::BF16,
+        b'E' if is_bfloat16(descr) => Dtype::BF16,
         _ => return Err(Error::Dtype(name(), descr.to_string())),
     };
     if descr.is_native_byteorder() != Some(true) {
         return Err(Error::ByteSwapped(name(), descr.to_string()));
     }
-    // SAFETY: `array` is a live NumPy array and we are attached, so its fields are there to be read.
-    let (data, flags) = unsafe {
-        let fields = &(*array.as_array_ptr()).fields;
-        (fields.data.expose_provenance(), fields.flags)
-    };
-    let writeable = flags & NPY_ARRAY_WRITEABLE != 0;
-    Ok(Header {
-        data,
-        dtype,
-        writeable,
-        shape: array.shape(),
-        strides: array.strides(),
-    })
+    Ok(dtype)
 }
 
 /// Whether a dtype is `ml_dtypes`' bfloat16, which NumPy itself does not have.

@@ -6,7 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::codec::Codec;
-use crate::element::Element;
+use crate::element::{Dtype, Element};
 use crate::error::Error;
 use crate::kernel::{Kernel, LINE, PEELED};
 use crate::leaf::Leaf;
@@ -100,26 +100,34 @@ impl Group {
         self.rows(leaf).last().map_or(0, end)
     }
 
+    /// How many rows a leaf has.
+    fn count(&self, leaf: &Leaf) -> usize {
+        let has_master = leaf.dtype().is_narrow() || self.rows.master.is_none();
+        let count = self.rows.names.len() - usize::from(!has_master);
+        if self.frozen { 0 } else { count }
+    }
+
+    /// Where the first row of a leaf is that keeps nothing in fewer bits, from where to where the next one is, and how many
+    /// there are.
+    pub fn whole_rows(&self, leaf: &Leaf) -> (usize, usize, usize) {
+        let size = leaf.dtype().compute().size();
+        let before = before(leaf) * size;
+        let stride = (before + leaf.len() * size).next_multiple_of(LINE);
+        (leaf.at + before, stride, self.count(leaf))
+    }
+
     /// A leaf's rows: how each is kept, and where.
     pub fn rows(&self, leaf: &Leaf) -> impl Iterator<Item = Row> {
-        let dtype = leaf.dtype();
-        let has_master = dtype.is_narrow() || self.rows.master.is_none();
-        let count = self.rows.names.len() - usize::from(!has_master);
-        let (n, size) = (leaf.len(), dtype.compute().size());
-        // A long run of the parameter's is stepped from a cache line on: there rows begin one, too.
-        let before = if n >= PEELED && !dtype.is_narrow() {
-            leaf.p().data.wrapping_neg() % LINE / size
-        } else {
-            0
-        };
+        let (n, size) = (leaf.len(), leaf.dtype().compute().size());
+        let before = before(leaf);
         let mut at = leaf.at;
-        (0..if self.frozen { 0 } else { count }).map(move |row| {
+        (0..self.count(leaf)).map(move |row| {
             let codec = match self.codecs.get(row) {
                 Some(codec) if size == 4 => *codec,
                 _ => Codec::Whole,
             };
             let (numbers, scales) = codec.bytes(n, size);
-            let codes = at + (before * codec.bytes(1, size).0).wrapping_neg() % LINE;
+            let codes = at + if codec == Codec::Whole { before * size } else { 0 };
             let scales_at = (codes + numbers).next_multiple_of(LINE);
             at = (scales_at + scales).next_multiple_of(LINE);
             Row {
@@ -129,6 +137,17 @@ impl Group {
                 end: at,
             }
         })
+    }
+}
+
+/// How far into a cache line the rows of a leaf begin, in elements: as far as a long parameter does, which is stepped from
+/// a line on.
+fn before(leaf: &Leaf) -> usize {
+    let data = leaf.p().data;
+    match leaf.dtype() {
+        Dtype::F32 if leaf.len() >= PEELED => data % LINE / 4,
+        Dtype::F64 if leaf.len() >= PEELED => data % LINE / 8,
+        _ => 0,
     }
 }
 

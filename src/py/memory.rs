@@ -254,7 +254,7 @@ impl<F: Element> Scratch<F> {
 }
 
 /// Where numbers are lent from.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd)]
 enum From {
     Nowhere,
     /// Their own place, in the numbers that are computed with.
@@ -325,6 +325,35 @@ pub unsafe fn visit<F: Number>(
     }
     let fewer = group.fewer.filter(|_| F::DTYPE == Dtype::F32);
     let coded = fewer.filter(|_| matches!(needs.rows, Use::Read | Use::Write));
+    if fewer.is_none() && p_from <= From::Whole && g_from <= From::Whole {
+        // Most leaves are lent as they are: that is to take no time.
+        let (first, stride, count) = group.whole_rows(leaf);
+        let count = if needs.rows == Use::Nothing { 0 } else { count };
+        let mut start = part.start;
+        while start < part.end {
+            let range = start..part.end.min(start.saturating_add(needs.piece));
+            start = range.end;
+            let mut kept = Kept::new(states);
+            for row in 0..count {
+                // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
+                let array =
+                    unsafe { arena.lend(first + row * stride, range.start, range.len()) };
+                kept.push(row, Array::Whole(array));
+            }
+            let mut p = Stored::default();
+            if p_from == From::Whole {
+                // SAFETY: the caller vouches for the numbers.
+                p = Array::Whole(unsafe { p_place.lend(&range) });
+            }
+            let g = (g_from == From::Whole).then(|| {
+                // SAFETY: as above; it is only read.
+                let array = Array::Whole(&*unsafe { g_place.lend(&range) });
+                Gradient { array, factor }
+            });
+            each(range, p, g, &mut kept);
+        }
+        return;
+    }
     let halves = needs.raw.state && coded == Some(Fewer::BFloat16) && leaf.form.logical.is_none();
     let copies = p_from == From::Copy || g_from == From::Copy || coded.is_some() && !halves;
     let mut scratch = (copies || matches!(p_from, From::Master(_)))

@@ -635,14 +635,20 @@ impl<F: Number> Scalars<F> {
         shared: &[f64; CARRY],
         sums: [f64; SUMS],
     ) {
-        let carry = if kernel.scope == Scope::All {
-            *shared
-        } else {
-            leaf.carry()
-        };
         let step = leaf.steps + 1;
-        let key = Some((leaf.group(), step, carry, sums));
-        if self.key != key {
+        let depends = kernel.scope != Scope::None || !kernel.carry.is_empty();
+        let (mut carry, mut sums_read) = ([0.0; CARRY], [0.0; SUMS]);
+        if depends {
+            sums_read = sums;
+            carry = if kernel.scope == Scope::All {
+                *shared
+            } else {
+                leaf.carry()
+            };
+        }
+        let same = matches!(self.key, Some((group, at, ..)) if group == leaf.group() && at == step);
+        let key = Some((leaf.group(), step, carry, sums_read));
+        if !same || depends && self.key != key {
             #[allow(
                 clippy::cast_precision_loss,
                 reason = "past 2^53 steps a power of a beta is long zero"
