@@ -158,8 +158,8 @@ class Optimizer(Generic[Params]):
             self._check_bound()
         leaves = self._structure.leaves(grads)
         if self._plan.is_scheduled:
-            self._engine.set_hyper(self._plan.hyper(self._engine.steps))
-        if type(scale) is float and scale == 1.0:
+            self._engine.step(leaves, _scale(scale), self._plan.hyper(self._engine.steps))
+        elif type(scale) is float and scale == 1.0:
             self._engine.step(leaves)
         else:
             self._engine.step(leaves, _scale(scale))
@@ -176,8 +176,9 @@ class Optimizer(Generic[Params]):
         """
         self._check_bound()
         if self._plan.is_scheduled:
-            self._engine.set_hyper(self._plan.hyper(max(self.steps - 1, 0)))
-        self._engine.sync()
+            self._engine.sync(self._plan.hyper(max(self.steps - 1, 0)))
+        else:
+            self._engine.sync()
 
     def slow_weights(self) -> AbstractContextManager[Params]:
         """A context in which `params` hold the slow weights; the fast ones come back at its end, whatever happens.
@@ -392,9 +393,7 @@ class Optimizer(Generic[Params]):
         checkpoint.save(path, self.state_dict())
 
     @classmethod
-    def load(
-        cls, path: StrPath, params: Params, *, allow_nonfinite: bool = False, threads: int | None = None
-    ) -> Self:
+    def load(cls, path: StrPath, params: Params, *, allow_nonfinite: bool = False, threads: int | None = None) -> Self:
         """An optimizer that continues a saved run, bit for bit.
 
         Args:

@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import cached_property
 from reprlib import repr as shortened
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from .hyper import Rule, flag, is_scheduled
+from .hyper import Rule, at_step, flag, is_scheduled
 from .lookahead import Lookahead, Nesterov, OptimalSlowStep
 from .rules import InnerRule
 
@@ -78,13 +79,24 @@ class Plan:
         return [self._hyper(index, group, step) for index, group in enumerate(self.groups)]
 
     def _hyper(self, index: int, group: Group, step: int) -> tuple[dict[str, float], list[float]]:
+        numbers, scheduled = self._first[index]
         try:
             slow_steps = [level._check_slow_step(level.slow_step, step) for level in self.levels]
             if self.levels:
                 slow_steps[0] = self.levels[0]._check_slow_step(group.slow_step, step)
-            return group.inner._hyper(step), slow_steps
+            return numbers | {name: at_step(name, value, step) for name, value in scheduled}, slow_steps
         except (TypeError, ValueError) as error:
             raise (type(error)(f"groups[{index - 1}]: {error}") if index else error) from None
+
+    @cached_property
+    def _first(self) -> list[tuple[dict[str, float], list[tuple[str, Any]]]]:
+        """Each group's hyper-parameters at the first step, and those of them that follow a schedule."""
+        inners = [group.inner for group in self.groups]
+        follows = [[(field.name, getattr(inner, field.name)) for field in fields(inner)] for inner in inners]
+        return [
+            (inner._hyper(), [pair for pair in pairs if is_scheduled(pair[1])])
+            for inner, pairs in zip(inners, follows, strict=True)
+        ]
 
     def described(self, step: int) -> list[dict[str, Any]]:
         """Each group, for the engine."""

@@ -87,10 +87,7 @@ pub fn header<'a>(
 }
 
 #[cold]
-fn other_dtype(
-    descr: &Bound<'_, PyArrayDescr>,
-    name: impl Fn() -> String,
-) -> Result<Dtype, Error> {
+fn other_dtype(descr: &Bound<'_, PyArrayDescr>, name: impl Fn() -> String) -> Result<Dtype, Error> {
     let dtype = match descr.char() {
         b'f' => Dtype::F32,
         b'd' => Dtype::F64,

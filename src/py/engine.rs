@@ -1,6 +1,5 @@
 //! The classes that Python sees.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 
@@ -9,7 +8,7 @@ use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::array::View;
-use super::group::{CycleSpec, GroupSpec, OptionSpec};
+use super::group::{CycleSpec, GroupSpec, Hyper, OptionSpec};
 use super::inner::{Counters, Inner, Kind};
 use crate::error::Error;
 
@@ -154,22 +153,32 @@ impl Engine {
         })
     }
 
-    /// Moves every leaf by its gradient, and syncs where that ends a cycle.
-    #[pyo3(signature = (grads, scale = 1.0))]
-    fn step(&self, py: Python<'_>, grads: &Bound<'_, PyAny>, scale: f64) -> PyResult<()> {
+    /// Moves every leaf by its gradient, and syncs where that ends a cycle; with new hyper-parameters and slow steps, one a
+    /// group, where there are any.
+    #[pyo3(signature = (grads, scale = 1.0, hyper = None))]
+    fn step(
+        &self,
+        py: Python<'_>,
+        grads: &Bound<'_, PyAny>,
+        scale: f64,
+        hyper: Option<Hyper>,
+    ) -> PyResult<()> {
         let grads: Vec<_> = match grads.cast::<PyList>() {
             Ok(list) => list.iter().collect(),
             Err(_) => grads.cast::<PyTuple>()?.iter().collect(),
         };
         let mut inner = self.take_fast(py)?;
+        inner.set_hyper(hyper)?;
         inner.step(py, &grads, scale)?;
         self.publish(&inner);
         Ok(())
     }
 
-    /// Ends the cycle now, where one has begun.
-    fn sync(&self, py: Python<'_>) -> PyResult<()> {
+    /// Ends the cycle now, where one has begun; `hyper` as for a step.
+    #[pyo3(signature = (hyper = None))]
+    fn sync(&self, py: Python<'_>, hyper: Option<Hyper>) -> PyResult<()> {
         let mut inner = self.take_fast(py)?;
+        inner.set_hyper(hyper)?;
         inner.sync(py)?;
         self.publish(&inner);
         Ok(())
@@ -182,15 +191,6 @@ impl Engine {
             params,
             entry: AtomicU64::new(0),
         }
-    }
-
-    /// Takes new hyper-parameters and slow steps, one a group, from the next step on.
-    fn set_hyper(
-        &self,
-        py: Python<'_>,
-        groups: Vec<(HashMap<String, f64>, Vec<f64>)>,
-    ) -> PyResult<()> {
-        self.take(py)?.set_hyper(&groups)
     }
 
     /// Takes other groups from the next step on, with the same arrays for each leaf.

@@ -26,6 +26,9 @@ pub struct GroupSpec {
     pub maximize: bool,
 }
 
+/// Each group's hyper-parameters and slow steps, as Python describes them.
+pub type Hyper = Vec<(HashMap<String, f64>, Vec<f64>)>;
+
 /// A level of Lookahead, as Python describes it.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
@@ -127,7 +130,12 @@ impl Group {
                 _ => Codec::Whole,
             };
             let (numbers, scales) = codec.bytes(n, size);
-            let codes = at + if codec == Codec::Whole { before * size } else { 0 };
+            let codes = at
+                + if codec == Codec::Whole {
+                    before * size
+                } else {
+                    0
+                };
             let scales_at = (codes + numbers).next_multiple_of(LINE);
             at = (scales_at + scales).next_multiple_of(LINE);
             Row {

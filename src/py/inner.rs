@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyWeakrefReference;
 
 use super::array::{as_array, header, share_memory};
-use super::group::{CycleSpec, Group, GroupSpec, OptionSpec, check_overflow, ordered};
+use super::group::{CycleSpec, Group, GroupSpec, Hyper, OptionSpec, check_overflow, ordered};
 use super::memory::Arena;
 use super::work::{All, Grads, Options};
 use crate::element::Dtype;
@@ -307,8 +307,9 @@ impl Inner {
         }
     }
 
-    /// Takes new hyper-parameters and slow steps, one a group, from the next step on.
-    pub fn set_hyper(&mut self, groups: &[(HashMap<String, f64>, Vec<f64>)]) -> PyResult<()> {
+    /// Takes new hyper-parameters and slow steps, where there are any.
+    pub fn set_hyper(&mut self, groups: Option<Hyper>) -> PyResult<()> {
+        let Some(groups) = groups else { return Ok(()) };
         let mut all = Vec::with_capacity(groups.len());
         for (index, (hyper, _)) in groups.iter().enumerate() {
             let hyper = ordered(self.groups[index].single.hyper, hyper)?;
@@ -316,8 +317,7 @@ impl Inner {
             all.push(hyper);
         }
         for ((group, hyper), (_, slow_steps)) in self.groups.iter_mut().zip(all).zip(groups) {
-            group.hyper = hyper;
-            group.slow_steps.clone_from(slow_steps);
+            (group.hyper, group.slow_steps) = (hyper, slow_steps);
         }
         Ok(())
     }

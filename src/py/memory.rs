@@ -336,8 +336,7 @@ pub unsafe fn visit<F: Number>(
             let mut kept = Kept::new(states);
             for row in 0..count {
                 // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
-                let array =
-                    unsafe { arena.lend(first + row * stride, range.start, range.len()) };
+                let array = unsafe { arena.lend(first + row * stride, range.start, range.len()) };
                 kept.push(row, Array::Whole(array));
             }
             let mut p = Stored::default();
