@@ -18,10 +18,12 @@ pub use crate::rule::LANES;
 use crate::rule::{self, CARRY, SUMS, Scope, Source, Update};
 use crate::simd::{Level, at};
 
+/// Elements of a tile where there are too few for a whole one.
+const SHORT: usize = 8;
 /// State arrays that a rule may have.
 pub const MAX_STATE: usize = 4;
 /// Elements from which on a run is begun at a cache line of `p`.
-pub const PEELED: usize = 1024;
+pub const PEELED: usize = 1 << 14;
 /// Bytes of a cache line, which no store should cross.
 pub const LINE: usize = 64;
 
@@ -231,16 +233,49 @@ fn tiles<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
             let slow = slow.get_mut(i).unwrap_or(&mut unused);
             R::tile(&c, &mut p[i], &g[i], state, slow, finish);
         }
-        if !p_end.is_empty() {
-            let mut p: [_; LANES] = padded(p_end);
-            let mut slow = padded(slow_end);
-            let mut s = state.each_ref().map(|(_, end)| padded(end));
-            R::tile(&c, &mut p, &padded(g_end), s.each_mut(), &mut slow, finish);
-            p_end.copy_from_slice(&p[..p_end.len()]);
-            slow_end.copy_from_slice(&slow[..slow_end.len()]);
-            for k in 0..N {
-                state[k].1.copy_from_slice(&s[k][..p_end.len()]);
+        let mut at = 0;
+        while at < p_end.len() {
+            let few = at..p_end.len().min(at + SHORT);
+            at = few.end;
+            let mut p = short(&p_end[few.clone()]);
+            let mut s = state.each_ref().map(|(_, end)| short(&end[few.clone()]));
+            let mut slow = short(slow_end.get(few.clone()).unwrap_or_default());
+            let g = short(&g_end[few.clone()]);
+            R::tile(&c, &mut p, &g, s.each_mut(), &mut slow, finish);
+            set_short(&mut p_end[few.clone()], &p);
+            if let Some(end) = slow_end.get_mut(few.clone()) {
+                set_short(end, &slow);
             }
+            for k in 0..N {
+                set_short(&mut state[k].1[few.clone()], &s[k]);
+            }
+        }
+    }
+}
+
+/// Up to `SHORT` elements, and zeroes after them; without a call, which takes longer.
+#[inline(always)]
+fn short<F: Copy + Default>(x: &[F]) -> [F; SHORT] {
+    let mut tile = [F::default(); SHORT];
+    if let Some(whole) = x.first_chunk() {
+        return *whole;
+    }
+    for k in 0..SHORT {
+        tile[k] = x.get(k).copied().unwrap_or_default();
+    }
+    tile
+}
+
+/// Puts them back.
+#[inline(always)]
+fn set_short<F: Copy>(x: &mut [F], tile: &[F; SHORT]) {
+    if let Some(whole) = x.first_chunk_mut() {
+        *whole = *tile;
+        return;
+    }
+    for k in 0..SHORT {
+        if let Some(x) = x.get_mut(k) {
+            *x = tile[k];
         }
     }
 }

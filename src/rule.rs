@@ -18,14 +18,14 @@ pub trait Update<F, const K: usize, const N: usize> {
     /// One element: the parameter and the state after a step with gradient `g`.
     fn update(scalars: &[F; K], p: F, g: F, state: [F; N]) -> (F, [F; N]);
 
-    /// Moves one tile by gradients `g`. `finish` sees each parameter before and after the update, and its slow weight,
+    /// Moves one tile of `L` elements by gradients `g`. `finish` sees each parameter before and after the update, and its slow weight,
     /// and says what is stored.
-    fn tile(
+    fn tile<const L: usize>(
         scalars: &[F; K],
-        p: &mut [F; LANES],
-        g: &[F; LANES],
-        state: [&mut [F; LANES]; N],
-        slow: &mut [F; LANES],
+        p: &mut [F; L],
+        g: &[F; L],
+        state: [&mut [F; L]; N],
+        slow: &mut [F; L],
         finish: impl Fn(F, F, &mut F) -> F,
     );
 }
@@ -185,27 +185,27 @@ macro_rules! rule {
             }
 
             #[inline(always)]
-            fn tile(
+            fn tile<const L: usize>(
                 scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
-                p: &mut [$f; crate::rule::LANES],
-                g: &[$f; crate::rule::LANES],
-                state: [&mut [$f; crate::rule::LANES]; crate::rule::count!($($s)*)],
-                slow: &mut [$f; crate::rule::LANES],
+                p: &mut [$f; L],
+                g: &[$f; L],
+                state: [&mut [$f; L]; crate::rule::count!($($s)*)],
+                slow: &mut [$f; L],
                 finish: impl Fn($f, $f, &mut $f) -> $f,
             ) {
                 // An argument an array: the compiler then knows that no two overlap, and vectorises without copies.
                 #[inline(always)]
                 #[allow(clippy::too_many_arguments, reason = "one for each array")]
                 #[allow(unused_assignments, unused_mut, unused_variables, reason = "a rule need not have state")]
-                fn lanes(
+                fn lanes<const L: usize>(
                     scalars: &[$f; crate::rule::count!($($h)* $($k)*)],
-                    p: &mut [$f; crate::rule::LANES],
-                    g: &[$f; crate::rule::LANES],
-                    $($s: &mut [$f; crate::rule::LANES],)*
-                    slow: &mut [$f; crate::rule::LANES],
+                    p: &mut [$f; L],
+                    g: &[$f; L],
+                    $($s: &mut [$f; L],)*
+                    slow: &mut [$f; L],
                     finish: impl Fn($f, $f, &mut $f) -> $f,
                 ) {
-                    for lane in 0..crate::rule::LANES {
+                    for lane in 0..L {
                         let (after, state) = <$name as crate::rule::Update<$f, _, _>>::update(
                             scalars, p[lane], g[lane], [$($s[lane]),*]);
                         p[lane] = finish(p[lane], after, &mut slow[lane]);
