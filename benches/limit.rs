@@ -3,7 +3,12 @@
 //! It shares no line with the kernels. Of the plain forms tried at 1e8 elements (whole arrays, chunks of 64K, tiles of
 //! 32 and 64 lanes, each with and without peeling) none is faster than this one; in cache, peeling gains up to 45 %.
 
+use std::hint::spin_loop;
 use std::slice::{from_raw_parts, from_raw_parts_mut};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{Thread, park, spawn};
+use std::time::{Duration, Instant};
 
 /// State arrays that a leaf may have.
 const MAX_STATE: usize = 4;
@@ -15,7 +20,7 @@ const NOTHING: u8 = 0;
 const WRITE: u8 = 1;
 const READ: u8 = 2;
 
-/// The arrays of one parameter, as `step.py` declares them too. Those that the step does not have are null.
+/// The arrays of one parameter, as `engines.py` declares them too. Those that the step does not have are null.
 #[repr(C)]
 pub struct Leaf {
     p: *mut f32,
@@ -25,13 +30,102 @@ pub struct Leaf {
     n: usize,
 }
 
+/// What one thread does.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Part {
+    leaves: *const Leaf,
+    count: usize,
+}
+
 /// Reads `p`, `g` and `states` arrays of each leaf, writes `p` and these; `slow` says what is done with slow weights.
+/// The caller's thread does the first part, and each other part has a thread.
 ///
 /// # Safety
-/// `leaves` must point to `count` leaves. Each array of theirs that the step has must be `n` live numbers that nobody
-/// else reads or writes meanwhile, and share none with another array that is written.
+/// `parts` must point to `count` parts, and those to their leaves. Each array of theirs that the step has must be `n`
+/// live numbers that nobody else reads or writes meanwhile, and share none with another array that is written.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn limit(leaves: *const Leaf, count: usize, states: usize, slow: u8) {
+pub unsafe extern "C" fn limit(parts: *const Part, count: usize, states: usize, slow: u8) {
+    static WORKERS: Mutex<Vec<Worker>> = Mutex::new(Vec::new());
+    // SAFETY: the caller vouches for the parts.
+    let [first, others @ ..] = (unsafe { from_raw_parts(parts, count) }) else {
+        return;
+    };
+    let mut workers = WORKERS.lock().unwrap_or_else(PoisonError::into_inner);
+    while workers.len() < others.len() {
+        workers.push(Worker::new());
+    }
+    for (worker, &part) in workers.iter().zip(others) {
+        worker.begin(Job { part, states, slow });
+    }
+    // SAFETY: the caller vouches for the leaves and their arrays.
+    unsafe { pass_over(*first, states, slow) };
+    for worker in &workers[..others.len()] {
+        worker.end();
+    }
+}
+
+struct Job {
+    part: Part,
+    states: usize,
+    slow: u8,
+}
+
+// SAFETY: the arrays of a part are its thread's alone while `limit` runs, and `limit` waits for all parts.
+unsafe impl Send for Job {}
+
+/// A thread that sleeps only when nothing has come for a while: to be woken takes as long as many a step.
+struct Worker {
+    thread: Thread,
+    job: Arc<(AtomicBool, Mutex<Option<Job>>)>,
+}
+
+const AWAKE: Duration = Duration::from_micros(200);
+
+impl Worker {
+    fn new() -> Self {
+        let job = Arc::new((AtomicBool::new(false), Mutex::new(None::<Job>)));
+        let mine = Arc::clone(&job);
+        let run = move || {
+            let mut last = Instant::now();
+            loop {
+                if !mine.0.load(Ordering::Acquire) {
+                    if last.elapsed() > AWAKE {
+                        park();
+                    }
+                    spin_loop();
+                    continue;
+                }
+                if let Some(job) = mine.1.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                    // SAFETY: the caller of `limit` vouches for the leaves and their arrays.
+                    unsafe { pass_over(job.part, job.states, job.slow) };
+                }
+                mine.0.store(false, Ordering::Release);
+                last = Instant::now();
+            }
+        };
+        Self {
+            thread: spawn(run).thread().clone(),
+            job,
+        }
+    }
+
+    fn begin(&self, job: Job) {
+        *self.job.1.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
+        self.job.0.store(true, Ordering::Release);
+        self.thread.unpark();
+    }
+
+    fn end(&self) {
+        while self.job.0.load(Ordering::Acquire) {
+            spin_loop();
+        }
+    }
+}
+
+/// # Safety
+/// As [`limit`], for one part.
+unsafe fn pass_over(part: Part, states: usize, slow: u8) {
     macro_rules! of {
         ($leaf:ident, $($n:literal)*) => {
             match (states, slow) {
@@ -46,7 +140,7 @@ pub unsafe extern "C" fn limit(leaves: *const Leaf, count: usize, states: usize,
     }
     // SAFETY: the caller vouches for the leaves and their arrays.
     unsafe {
-        for leaf in from_raw_parts(leaves, count) {
+        for leaf in from_raw_parts(part.leaves, part.count) {
             of!(leaf, 0 1 2 3 4);
         }
     }
