@@ -19,6 +19,10 @@ from workload import SCALES, Arrays, Case, Check
 
 SAMPLE = 2e-3
 """Seconds that a sample lasts at least."""
+PATIENCE = 10.0
+"""Seconds that an engine has for all its rounds; a slower one sits out some of them."""
+PAUSE = 10e-3
+"""Seconds in which the threads of the engine before go to sleep; until then they spin, on CPUs that others need."""
 
 
 @dataclass
@@ -130,14 +134,15 @@ def compare(case: Case, names: Sequence[str], rounds: int) -> Table:
     """One table: the engines of a case take turns, in another order each round."""
     table, arrays = Table(case), Arrays(case)
     contenders = contenders_of(table, arrays, names)
-    steps, times = {}, {}
+    steps, every, times = {}, {}, {}
     for name, contender in contenders.items():
         cycle = (contender.case or case).cycle
         once = sample(contender, cycle)
         if once < 0.1:
             once = min(once, sample(contender, cycle), sample(contender, cycle))
         steps[name] = cycle * max(1, math.ceil(SAMPLE / (once * cycle)))
-        times[name] = np.empty(rounds)
+        every[name] = math.ceil(once * steps[name] * rounds / PATIENCE)
+        times[name] = np.full(rounds, np.nan)
     turns = list(contenders)
     shuffle = random.Random(0).shuffle
     clock = time.perf_counter if on_wall(case) else time.thread_time
@@ -146,25 +151,29 @@ def compare(case: Case, names: Sequence[str], rounds: int) -> Table:
     for turn in range(rounds):
         shuffle(turns)
         for name in turns:
+            if turn % every[name]:
+                continue
             contender = contenders[name]
             cycle = (contender.case or case).cycle
-            if steps[name] > cycle:  # what the engine before has left in the cache, is not this one's doing
+            if case.threads > 1:
+                time.sleep(PAUSE)
+            if steps[name] > cycle or case.threads > 1:  # what is in the cache, and who sleeps, is not this one's doing
                 sample(contender, cycle)
             times[name][turn] = sample(contender, steps[name], clock)
     gc.enable()
     for name, mine in times.items():
         contender = contenders[name]
         does = contender.case or case
-        median = float(np.median(mine))
+        median = float(np.nanmedian(mine))
         comparable = "limit" in times and does.bytes == case.bytes
         table.rows.append(
             Row(
                 name,
                 round(median * 1e6, 2),
-                round(float(np.quantile(mine, 0.1)) * 1e6, 2),
+                round(float(np.nanquantile(mine, 0.1)) * 1e6, 2),
                 round(does.bytes * case.elements / median / 1e9, 2),
-                round(float(np.median(times["limit"] / mine)), 3) if comparable else None,
-                round(float(np.median(mine / times["lookstep"])), 3) if "lookstep" in times else None,
+                round(float(np.nanmedian(times["limit"] / mine)), 3) if comparable else None,
+                round(float(np.nanmedian(mine / times["lookstep"])), 3) if "lookstep" in times else None,
                 contender.note,
             )
         )

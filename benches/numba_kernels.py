@@ -4,6 +4,7 @@ A step is p = keep * p - size * m / (root * sqrt(v) + eps). Pieces are small eno
 comes to them: `phase` 1 begins a cycle, 2 ends one.
 """
 
+from functools import cache
 from math import sqrt
 from typing import Any
 
@@ -42,5 +43,7 @@ def sgd(P: Any, G: Any, M: Any, S: Any, phase: Any, slow_step: Any, size: Any, b
                 p[i] = slow[i] + slow_step * (p[i] - slow[i])
 
 
+@cache
 def compiled(kernel: Any, parallel: bool) -> Any:
-    return njit(kernel, parallel=parallel, error_model="numpy", cache=True)
+    # Not kept on disk: there, one compiled for a single thread would be taken for the other.
+    return njit(kernel, parallel=parallel, error_model="numpy")

@@ -146,6 +146,7 @@ def machine() -> dict[str, Any]:
         "command": " ".join(["python", "benches/step.py", *sys.argv[1:]]),
         "cpu": names[0].partition(": ")[2] if names else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": {
             "lookstep": " ".join([ls.__version__, git.stdout.strip()]).strip(),
@@ -193,6 +194,8 @@ def main() -> int:
     print(about["date"], about["command"], sep="  ")
     print(f"{about['cpu']}, {about['cpus']} CPUs, {about['system']}")
     print(", ".join(f"{name} {number}" for name, number in about["versions"].items()))
+    if (about["load_average"] or 0) > 0.5:
+        print(f"load average {about['load_average']}: others may be at work here; with 2 threads, torch suffers most")
     groups: dict[str, list[Table]] = {}
     for group, case in measured(args):
         names = [name for name in case.engines if not args.engine or name in args.engine]
