@@ -63,7 +63,7 @@ TABLES: dict[str, list[Case]] = {
     "clip": cases(
         "AdamW", "1e6/60 1e8", "limit lookstep lookstep-plain torch-fused", threads=[1, 2], max_grad_norm=1.0
     ),
-    "many": cases("AdamW", "16x100000", "limit lookstep numba torch-fused torch-foreach", threads=[1, 2]),
+    "many": cases("AdamW", "16x100000", "limit lookstep numba torch-fused", threads=[1, 2]),
     "busy": [
         *cases("AdamW", "small", "lookstep numba torch-fused torch-foreach", threads=[2]),
         *cases("AdamW", "small", "lookstep numba torch-fused torch-foreach", threads=[2], busy=True),
