@@ -19,7 +19,7 @@ from workload import SCALES, Arrays, Case, Check
 
 SAMPLE = 2e-3
 """Seconds that a sample lasts at least."""
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds that an engine has for all its rounds; a slower one sits out some of them."""
 PAUSE = 10e-3
 """Seconds in which the threads of the engine before go to sleep; until then they spin, on CPUs that others need."""

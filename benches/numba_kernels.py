@@ -4,11 +4,15 @@ A step is p = keep * p - size * m / (root * sqrt(v) + eps). Pieces are small eno
 comes to them: `phase` 1 begins a cycle, 2 ends one.
 """
 
+import warnings
 from functools import cache
 from math import sqrt
 from typing import Any
 
 from numba import njit, prange
+from numba.core.errors import NumbaTypeSafetyWarning
+
+warnings.simplefilter("ignore", NumbaTypeSafetyWarning)  # prange counts without a sign, lists with one
 
 
 def adam(

@@ -1,6 +1,6 @@
 """Time of a step: lookstep beside its peers, and all of them beside the memory limit.
 
-    python benches/step.py            # every table, and the chart: a quarter of an hour, 10 GB
+    python benches/step.py            # every table, and the chart: a quarter of an hour, 12 GB
     python benches/step.py step --rule AdamW --size 1e6/60 --engine lookstep --engine torch-fused
     python benches/step.py --quick    # all tables, small, in few rounds: does everything run, and is it right?
 
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ HERE = Path(__file__).parent
 RESULTS, CHART = HERE / "results.json", HERE.parent / "docs" / "speed.svg"
 
 ONE = "limit lookstep numpy numpy-naive numba torch-fused torch-foreach torch-single torch-own deepspeed"
-TWO = "limit lookstep numba torch-fused torch-foreach torch-single deepspeed optax"
+TWO = "limit lookstep numba torch-fused torch-single deepspeed optax"
 WRAPPED = "limit lookstep lookstep-plain numpy numba pytorch_optimizer torch_optimizer timm optax"
 CURVES = "limit lookstep lookstep-lookahead numpy numba torch-fused torch-foreach optax"
 
@@ -158,7 +159,9 @@ def machine() -> dict[str, Any]:
 
 def measured(args: argparse.Namespace) -> list[tuple[str, Case]]:
     """The cases that are asked for, in the order of threads: what a pool leaves behind is not in the way of one."""
-    groups = args.tables or [name for name in TABLES if name not in ASKED_FOR and not (args.quick and name == "sweep")]
+    groups = args.tables or [
+        name for name in TABLES if name not in ASKED_FOR and not (args.quick and name in ("many", "sweep"))
+    ]
     groups += ["busy"] if args.busy and "busy" not in groups else []
     chosen = [(group, quick(case) if args.quick else case) for group in groups for case in TABLES[group]]
     return [
@@ -196,27 +199,31 @@ def main() -> int:
     print(", ".join(f"{name} {number}" for name, number in about["versions"].items()))
     if (about["load_average"] or 0) > 0.5:
         print(f"load average {about['load_average']}: others may be at work here; with 2 threads, torch suffers most")
+    if chart and not importlib.util.find_spec("matplotlib"):
+        print("no chart: matplotlib is not installed")
+        chart = None
     groups: dict[str, list[Table]] = {}
+    results: dict[str, Any] = {"tables": {}}
     for group, case in measured(args):
         names = [name for name in case.engines if not args.engine or name in args.engine]
         with kept_busy() if case.busy else nullcontext():
-            table = compare(case, names, args.rounds or (5 if args.quick else rounds_of(case)))
+            table = compare(case, names, args.rounds or (3 if args.quick else rounds_of(case)))
         before = groups.setdefault(group, [])
         if group == "every-rule":
             show_line(table, first=not before or before[-1].case.size != case.size)
         else:
             show(table)
         before.append(table)
+        results = {**about, "tables": {name: [t.as_dict() for t in tables] for name, tables in groups.items()}}
+        if out:  # also of a run that ends too soon
+            text = json.dumps(results, indent=1, ensure_ascii=False)
+            out.write_text(re.sub(r'{\s+"engine"[^}]*}', lambda row: " ".join(row[0].split()), text) + "\n")
     show_busy(groups.get("busy", []))
-    results = {**about, "tables": {name: [table.as_dict() for table in tables] for name, tables in groups.items()}}
-    if out:
-        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        print(f"\n{out}")
-    if chart:
+    if chart and results["tables"].get("sweep"):
         from chart import draw  # matplotlib
 
         draw(results, chart)
-        print(chart)
+    print("".join(f"\n{path}" for path in (out, chart) if path))
     wrong = {name for tables in groups.values() for table in tables for name in table.wrong}
     return 1 if any(name.startswith("lookstep") for name in wrong) else 0
 
