@@ -50,14 +50,9 @@ def whole_float32(case: Case) -> None:
         raise Missing("float32 only")
 
 
-THREADED = "threads" in inspect.signature(ls.Optimizer.__init__).parameters
-
-
 def lookstep_engine(case: Case, arrays: Arrays) -> Contender:
-    threads: dict[str, Any] = {"threads": case.threads} if THREADED else {}
     options: dict[str, Any] = {"state_dtype": case.state_dtype, "max_grad_norm": case.max_grad_norm}
-    note = "" if THREADED or case.threads == 1 else "1 thread"
-    return Contender(partial(ls.Optimizer(arrays.p, case.rule, **threads, **options).step, arrays.g), note=note)
+    return Contender(partial(ls.Optimizer(arrays.p, case.rule, threads=case.threads, **options).step, arrays.g))
 
 
 def plain_engine(case: Case, arrays: Arrays) -> Contender:

@@ -293,12 +293,17 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
     let [mut p_copy, mut g_copy] = [[F::default(); FEW]; 2];
     let (mut copies, mut unused) = ([[F::default(); FEW]; N], [F::default(); LANES]);
     let n = p.len();
+    let is_whole = kept.is_whole();
     let peeled = match &p {
         // Random bits are made for whole lines of elements.
-        Array::Whole(p) if kept.is_whole() => peeled(p),
+        Array::Whole(p) if is_whole => peeled(p),
         _ => 0,
     };
-    let (rounding, numbers) = (kept.rounding, Numbers::From(kept.first));
+    let numbers = Numbers::From(kept.first);
+    let keys = kept.rounding.map(|rounding| match rounding {
+        Rounding::Nearest => None,
+        Rounding::Stochastic { key, .. } => Some(key),
+    });
     let mut arrays = kept.state.iter_mut();
     let mut state: [_; N] = from_fn(|_| arrays.next().expect("an array per state").again());
     let (mut words, mut start) = ([0; FEW], 0);
@@ -340,10 +345,12 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
             #[inline(always)]
             |_, x| to_bf16(x),
         );
-        let mut of_rows = None;
-        for (row, (array, copy)) in state.iter_mut().zip(&copies).enumerate() {
-            match rounding[row / 2] {
-                Rounding::Nearest => {
+        start = end;
+        // Whatever random bits are made of is left alone where none are needed: it takes as long as the update.
+        match keys {
+            _ if is_whole && part.len() == FEW => {}
+            [None, None] => {
+                for (array, copy) in state.iter_mut().zip(&copies) {
                     array.set_few(
                         part.clone(),
                         copy,
@@ -351,23 +358,25 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
                         |_, x| nearest_bf16(x),
                     );
                 }
-                Rounding::Stochastic { key, .. } => {
-                    if of_rows != Some(row / 2) {
-                        of_rows = Some(row / 2);
-                        for (i, words) in words.as_chunks_mut().0.iter_mut().enumerate() {
-                            *words = numbers.words(key, start + i * LANES);
-                        }
+            }
+            _ => {
+                let pairs = state.chunks_mut(2).zip(copies.chunks(2)).zip(keys);
+                for ((arrays, copies), key) in pairs {
+                    let key = key.unwrap_or_default();
+                    for (i, words) in words.as_chunks_mut().0.iter_mut().enumerate() {
+                        *words = numbers.words(key, part.start + i * LANES);
                     }
-                    array.set_few(
-                        part.clone(),
-                        copy,
-                        #[inline(always)]
-                        |i, x| either_bf16(x, half(row, words[i])),
-                    );
+                    for (row, (array, copy)) in arrays.iter_mut().zip(copies).enumerate() {
+                        array.set_few(
+                            part.clone(),
+                            copy,
+                            #[inline(always)]
+                            |i, x| either_bf16(x, half(row, words[i])),
+                        );
+                    }
                 }
             }
         }
-        start = end;
     }
 }
 
