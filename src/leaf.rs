@@ -321,14 +321,14 @@ impl Leaf {
 #[derive(Debug, Default)]
 pub struct Names {
     text: String,
-    ends: Vec<usize>,
+    ends: Vec<u32>,
 }
 
 impl Names {
     /// Adds the next leaf's.
     pub fn push(&mut self, name: &str) {
         self.text.push_str(name);
-        self.ends.push(self.text.len());
+        self.ends.push(narrow(self.text.len()));
     }
 
     /// How many there are.
@@ -347,7 +347,7 @@ impl Names {
     #[must_use]
     pub fn get(&self, leaf: usize) -> &str {
         let start = leaf.checked_sub(1).map_or(0, |before| self.ends[before]);
-        &self.text[start..self.ends[leaf]]
+        &self.text[start as usize..self.ends[leaf] as usize]
     }
 
     /// Its gradient's.
@@ -377,9 +377,21 @@ fn logical(shape: &[usize], order: &[usize]) -> Option<Layout> {
 /// The address ranges that a gradient must stay out of.
 #[derive(Debug, Default)]
 pub struct Spans {
-    /// By start: a range, whose it is, and how far this and all earlier ranges reach.
-    ranges: Vec<(Range<usize>, Option<usize>, usize)>,
+    ranges: Vec<Span>,
 }
+
+/// One of them.
+#[derive(Debug)]
+struct Span {
+    start: usize,
+    end: usize,
+    /// How far this and all earlier ranges reach.
+    reach: usize,
+    /// Whose it is; [`OURS`] for our own arrays.
+    whose: u32,
+}
+
+const OURS: u32 = u32::MAX;
 
 impl Spans {
     /// Ranges with the leaf whose they are; `None` for our own arrays.
@@ -388,13 +400,19 @@ impl Spans {
         let mut ranges: Vec<_> = ranges
             .into_iter()
             .filter(|(range, _)| !range.is_empty())
-            .map(|(range, whose)| (range, whose, 0))
+            .map(|(range, whose)| Span {
+                start: range.start,
+                end: range.end,
+                reach: 0,
+                whose: whose.map_or(OURS, narrow),
+            })
             .collect();
-        ranges.sort_by_key(|(range, ..)| range.start);
+        ranges.shrink_to_fit();
+        ranges.sort_unstable_by_key(|range| (range.start, range.whose));
         let mut reach = 0;
-        for (range, _, so_far) in &mut ranges {
+        for range in &mut ranges {
             reach = reach.max(range.end);
-            *so_far = reach;
+            range.reach = reach;
         }
         Self { ranges }
     }
@@ -402,15 +420,13 @@ impl Spans {
     /// Whose ranges meet `range`.
     #[must_use]
     pub fn touching(&self, range: &Range<usize>) -> Vec<Option<usize>> {
-        let before = self
-            .ranges
-            .partition_point(|(other, ..)| other.start < range.end);
+        let before = self.ranges.partition_point(|other| other.start < range.end);
         let near = self.ranges[..before]
             .iter()
             .rev()
-            .take_while(|(.., reach)| *reach > range.start);
-        near.filter(|(other, ..)| other.end > range.start && !range.is_empty())
-            .map(|&(_, whose, _)| whose)
+            .take_while(|other| other.reach > range.start);
+        near.filter(|other| other.end > range.start && !range.is_empty())
+            .map(|other| (other.whose != OURS).then_some(other.whose as usize))
             .collect()
     }
 }

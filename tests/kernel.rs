@@ -6,8 +6,9 @@ use std::ops::Range;
 
 use lookstep::array::Array;
 use lookstep::codec::{BLOCK, Codec, Numbers, Rounding, keep_8, keep_bf16, read_8};
-use lookstep::element::Dtype;
-use lookstep::kernel::{Kept, Kernel, LANES, PEELED};
+use lookstep::element::{Dtype, from_bf16, to_bf16};
+use lookstep::gradient::Prepare;
+use lookstep::kernel::{Gradient, Kept, Kernel, LANES, PEELED};
 use lookstep::lookahead::{Blend, Cycle, Cycles, InnerState, Phase};
 use lookstep::reduce::Sums;
 use lookstep::rule::{CARRY, Float, SUMS, Scope};
@@ -148,6 +149,110 @@ fn every_level_gives_each_f32_its_bits() {
 #[test]
 fn every_level_gives_each_f64_its_bits() {
     every_level_gives_each_element_its_bits::<f64>();
+}
+
+/// What is stored in 16 bits, and what is done to gradients first, against the same by hand: numbers are read, stepped
+/// with, and kept again.
+#[test]
+fn arrays_as_they_are_stored_are_stepped_as_what_they_stand_for() {
+    let prepare = Prepare {
+        factor: -3.0,
+        limit: Some(2.5),
+        clip: 0.3,
+    };
+    let stochastic = [0, 2].map(|row| Rounding::Stochastic {
+        key: 9 + row,
+        row: row as usize,
+    });
+    for kernel in f32::kernels() {
+        let hyper = vec![0.5; kernel.hyper.len()];
+        let scalars = (kernel.scalars)(&hyper, 7.0, &mut [0.0; CARRY], [0.5; SUMS]);
+        let bits = |x: &[f32]| -> Vec<u16> { x.iter().map(|&x| to_bf16(x)).collect() };
+        let wide = |x: &[u16]| -> Vec<f32> { x.iter().map(|&x| from_bf16(x)).collect() };
+        for n in [1, LANES - 1, LANES, 5 * LANES + 3, PEELED + 7] {
+            let start = Arrays::<f32>::new(n, kernel.state.len());
+            for (halves, rounding) in [
+                ([false, false, false], None),
+                ([false, true, false], None),
+                ([true, true, false], None),
+                ([false, false, true], Some([Rounding::Nearest; 2])),
+                ([false, false, true], Some(stochastic)),
+            ] {
+                let [half_p, half_g, half_state] = halves;
+                let mut by_hand = start.clone();
+                if half_p {
+                    by_hand.p = wide(&bits(&by_hand.p));
+                }
+                if half_g {
+                    by_hand.g = wide(&bits(&by_hand.g));
+                }
+                let states = kernel.state.len();
+                for state in by_hand.kept[..states].iter_mut().filter(|_| half_state) {
+                    *state = wide(&bits(state));
+                }
+                let begun = by_hand.clone();
+                prepare.apply(Level::available()[0], &mut by_hand.g);
+                by_hand.step(&kernel, Level::available()[0], Phase::Plain, &scalars);
+                let p_bits = bits(&by_hand.p);
+                let kept_bits = |row: usize, from: &[f32]| {
+                    let mut codes = vec![0; n];
+                    let rounding = match rounding.unwrap()[row / 2] {
+                        Rounding::Stochastic { key, .. } => Rounding::Stochastic { key, row },
+                        nearest => nearest,
+                    };
+                    let numbers = Numbers::From(64);
+                    keep_bf16(Level::available()[0], rounding, from, numbers, &mut codes);
+                    codes
+                };
+                for level in Level::available() {
+                    let mut arrays = begun.clone();
+                    let (mut p, g) = (bits(&arrays.p), bits(&arrays.g));
+                    let mut state: Vec<_> = arrays.kept[..states].iter().map(|s| bits(s)).collect();
+                    let mut kept = Kept::new(states);
+                    for (row, (s, h)) in arrays.kept.iter_mut().zip(&mut state).enumerate() {
+                        kept.push(
+                            row,
+                            if half_state {
+                                Array::Half(h)
+                            } else {
+                                Array::Whole(s)
+                            },
+                        );
+                    }
+                    kept.rounding = rounding.unwrap_or(kept.rounding);
+                    kept.first = 64;
+                    let gradient = Gradient {
+                        array: if half_g {
+                            Array::Half(&g[..])
+                        } else {
+                            Array::Whole(&arrays.g[..])
+                        },
+                        factor: prepare.factor(),
+                    };
+                    let weights = if half_p {
+                        Array::Half(&mut p[..])
+                    } else {
+                        Array::Whole(&mut arrays.p[..])
+                    };
+                    (kernel.raw)(level, &scalars, weights, gradient, &mut kept);
+                    drop(kept);
+                    let what = format!("{} {level} {n} {halves:?} {rounding:?}", kernel.name);
+                    if half_p {
+                        assert_eq!(p, p_bits, "{what}");
+                    } else {
+                        assert!(arrays.p == by_hand.p, "{what}");
+                    }
+                    for row in 0..states {
+                        if half_state {
+                            assert_eq!(state[row], kept_bits(row, &by_hand.kept[row]), "{what}");
+                        } else {
+                            assert!(arrays.kept[row] == by_hand.kept[row], "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -419,8 +419,9 @@ class Optimizer(Generic[Params]):
     def _check_bound(self) -> None:
         """Refuses to go on with arrays that the user has put others in place of: training would not be seen."""
         now = self._structure.leaves(self._params, "params")
-        for name, leaf, held in zip(self._structure.names, now, self._leaves, strict=True):
+        for index, (leaf, held) in enumerate(zip(now, self._leaves, strict=True)):
             if leaf is not held:
+                name = self._structure.names[index]
                 raise RuntimeError(
                     f"{name} is another array than the optimizer was built over: write new numbers into that one "
                     "(w[...] = new), or build a new optimizer"
@@ -456,7 +457,7 @@ class Optimizer(Generic[Params]):
 
     def __repr__(self) -> str:
         """The rule, and how far it has come."""
-        count = len(self._structure.names)
+        count = self._structure.count
         leaves = "1 leaf" if count == 1 else f"{count} leaves"
         return f"Optimizer({leaves}, {self.rule}, steps={self.steps}, syncs={self.syncs})"
 

@@ -24,7 +24,7 @@ class Matched(tuple[tuple[str, Mapping[str, Any]], ...]):
     def __new__(cls, groups: Any, of_leaf: Sequence[int]) -> Self:
         """Puts both together."""
         self = super().__new__(cls, groups)
-        self.of_leaf = list(of_leaf)
+        self.of_leaf = of_leaf if isinstance(of_leaf, list) else list(of_leaf)
         return self
 
 

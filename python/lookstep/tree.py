@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
 from operator import itemgetter
 from typing import Any, TypeAlias
 
@@ -41,16 +42,31 @@ class Structure:
         if not isinstance(params, np.ndarray | list | tuple | dict):
             raise TypeError(f"params must be an array or a list, tuple or dict of them, got {type(params).__name__}")
         try:
-            self._node, paths = _explore(params, ())
+            self._node = _explore(params)
+            self._read = _reader(self._node)
+            paths = self.paths
         except RecursionError:
             raise ValueError("params is nested too deeply, or contains itself") from None
-        self.names = [label("params", path) for path in paths]
-        self.paths = ["/".join(map(str, path)) for path in paths]
         if not paths:
             raise ValueError("params has no parameters: it must hold at least one array")
-        if twice := [path for path, count in Counter(self.paths).items() if count > 1]:
-            raise ValueError(f'params has two leaves of the path "{twice[0]}": rename one of them')
-        self._read = _reader(self._node)
+        if len(set(paths)) < len(paths):
+            twice = next(path for path, count in Counter(paths).items() if count > 1)
+            raise ValueError(f'params has two leaves of the path "{twice}": rename one of them')
+
+    @property
+    def paths(self) -> list[str]:
+        """The leaves' paths, as in "encoder/w"; made when they are asked for, because there may be very many."""
+        return ["/".join(map(str, path)) for path in _paths(self._node, ())]
+
+    @property
+    def names(self) -> list[str]:
+        """The same as errors write them."""
+        return [label("params", path) for path in _paths(self._node, ())]
+
+    @property
+    def count(self) -> int:
+        """How many leaves there are."""
+        return sum(1 for _ in _paths(self._node, ()))
 
     def leaves(self, tree: Any, root: str = "grads") -> _Leaves:
         """The leaves of a tree of this structure, in the order of `names`.
@@ -69,17 +85,14 @@ class Structure:
 
 
 class _Node:
-    """A container: its keys or indices, its children (`None` for a leaf), and how to make one like it."""
+    """A container: its keys or indices, its children, and how to make one like it."""
 
-    def __init__(self, tree: Any, path: _Path) -> None:
+    def __init__(self, tree: Any) -> None:
         self.is_dict = isinstance(tree, dict)
         self.keys = _keys(tree)
-        self.paths: list[_Path] = []
-        self.children: list[_Node | None] = []
-        for key in self.keys:
-            child, paths = _explore(tree[key], (*path, str(key) if self.is_dict else key))
-            self.children.append(child)
-            self.paths += paths
+        children = [_explore(tree[key]) for key in self.keys]
+        self.children: list[_Node | None] = children if any(children) else []
+        """None for a leaf; no list where there are leaves alone."""
         self.make: Callable[[list[Any]], Any]
         if self.is_dict:
             self.make = lambda values: dict(zip(self.keys, values, strict=True))
@@ -87,12 +100,25 @@ class _Node:
             self.make = getattr(tree, "_make", list if isinstance(tree, list) else tuple)
         self.kind = "dict" if self.is_dict else "list or tuple"
 
+    def pairs(self) -> Iterator[tuple[Any, "_Node | None"]]:
+        """Keys and children."""
+        return zip(self.keys, self.children or repeat(None), strict=False)
 
-def _explore(tree: Any, path: _Path) -> tuple[_Node | None, list[_Path]]:
-    if isinstance(tree, dict | list | tuple):
-        node = _Node(tree, path)
-        return node, node.paths
-    return None, [path]
+
+def _explore(tree: Any) -> _Node | None:
+    return _Node(tree) if isinstance(tree, dict | list | tuple) else None
+
+
+def _paths(node: _Node | None, path: _Path) -> Iterator[_Path]:
+    if node is None:
+        yield path
+        return
+    for key, child in node.pairs():
+        of_child = (*path, str(key) if node.is_dict else key)
+        if child is None:
+            yield of_child
+        else:
+            yield from _paths(child, of_child)
 
 
 _Reader = Callable[[Any], _Leaves | None]
@@ -106,7 +132,7 @@ def _reader(node: _Node | None) -> _Reader:
     kind: Any = dict if node.is_dict else (list, tuple)
     # `itemgetter` is as fast as a call can be, but gives a tuple from two keys up only.
     of_dict: Any = itemgetter(*node.keys) if size > 1 else lambda tree: [tree[key] for key in node.keys]
-    inner = [_reader(child) if child else None for child in node.children] if any(node.children) else []
+    inner = [_reader(child) if child else None for child in node.children]
 
     def read(tree: Any) -> _Leaves | None:
         if not isinstance(tree, kind) or len(tree) != size:
@@ -147,15 +173,15 @@ def _difference(node: _Node | None, tree: Any, root: str, path: _Path) -> str:
         return f"{label(root, paths[missing[0]])} is missing"
     if extra := [key for key in keys if key not in node.keys]:
         return f"{label(root, paths[extra[0]])} is {'not in params' if root == 'grads' else 'new'}"
-    within = (_difference(n, tree[key], root, paths[key]) for key, n in zip(node.keys, node.children, strict=True))
+    within = (_difference(child, tree[key], root, paths[key]) for key, child in node.pairs())
     return next(filter(None, within), "")
 
 
-def _keys(tree: Any) -> list[Any]:
-    return list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+def _keys(tree: Any) -> Sequence[Any]:
+    return list(tree) if isinstance(tree, dict) else range(len(tree))
 
 
 def _build(node: _Node | None, leaves: Iterator[Any]) -> Any:
     if node is None:
         return next(leaves)
-    return node.make([_build(child, leaves) for child in node.children])
+    return node.make([_build(child, leaves) for _, child in node.pairs()])
