@@ -30,7 +30,7 @@ impl Prepare {
     #[must_use]
     pub fn factor<F: Float>(&self) -> Option<Factor<F>> {
         (is_normal::<F>(self.factor) && is_normal::<F>(self.clip)).then(|| Factor {
-            factor: F::round(self.factor),
+            scale: F::round(self.factor),
             limit: F::round(self.limit.unwrap_or(f64::INFINITY)),
             clip: F::round(self.clip),
         })
@@ -56,7 +56,7 @@ impl Prepare {
 /// [`Prepare`], rounded once.
 #[derive(Clone, Copy, Debug)]
 pub struct Factor<F> {
-    factor: F,
+    scale: F,
     limit: F,
     clip: F,
 }
@@ -64,7 +64,7 @@ pub struct Factor<F> {
 impl<F: Float> Factor<F> {
     #[inline(always)]
     fn of(self, g: F) -> F {
-        clamped(g * self.factor, self.limit) * self.clip
+        clamped(g * self.scale, self.limit) * self.clip
     }
 
     /// Prepared gradients.

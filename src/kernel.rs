@@ -48,7 +48,7 @@ impl<'a, F: Copy> Kept<'a, F> {
     #[must_use]
     pub fn new(states: usize) -> Self {
         Self {
-            state: std::array::from_fn(|_| Default::default()),
+            state: from_fn(|_| Array::default()),
             states,
             slow: Default::default(),
             more: Vec::new(),
@@ -62,12 +62,10 @@ impl<'a, F: Copy> Kept<'a, F> {
     /// # Panics
     /// If an array that is not of the rule's state is not whole.
     pub fn push(&mut self, row: usize, mut array: Stored<'a, F>) {
-        if row < self.states {
-            self.state[row] = array;
-        } else if row == self.states {
-            self.slow = take(array.whole());
-        } else {
-            self.more.push(take(array.whole()));
+        match row.checked_sub(self.states) {
+            None => self.state[row] = array,
+            Some(0) => self.slow = take(array.whole()),
+            Some(_) => self.more.push(take(array.whole())),
         }
     }
 
@@ -201,6 +199,7 @@ impl<F: Element> Kernel<F> {
 }
 
 #[inline(always)]
+#[allow(clippy::many_single_char_names, reason = "what the papers call them")]
 fn tiles<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
     scalars: &[F],
     p: &mut [F],
@@ -260,8 +259,8 @@ fn short<F: Copy + Default>(x: &[F]) -> [F; SHORT] {
     if let Some(whole) = x.first_chunk() {
         return *whole;
     }
-    for k in 0..SHORT {
-        tile[k] = x.get(k).copied().unwrap_or_default();
+    for (k, lane) in tile.iter_mut().enumerate() {
+        *lane = x.get(k).copied().unwrap_or_default();
     }
     tile
 }
@@ -273,9 +272,9 @@ fn set_short<F: Copy>(x: &mut [F], tile: &[F; SHORT]) {
         *whole = *tile;
         return;
     }
-    for k in 0..SHORT {
+    for (k, &lane) in tile.iter().enumerate() {
         if let Some(x) = x.get_mut(k) {
-            *x = tile[k];
+            *x = lane;
         }
     }
 }
@@ -283,6 +282,7 @@ fn set_short<F: Copy>(x: &mut [F], tile: &[F; SHORT]) {
 /// [`tiles`] of arrays of which some are stored in 16 bits, or gradients that are not yet what the rule sees: what needs it
 /// becomes a few tiles on the stack.
 #[inline(always)]
+#[allow(clippy::many_single_char_names, reason = "what the papers call them")]
 fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
     scalars: &[F],
     mut p: Stored<F>,

@@ -225,11 +225,8 @@ impl Leaf {
 
     /// Takes note of what the rule carries to its next step.
     pub fn set_carry(&mut self, carry: [f64; CARRY]) {
-        if carry == [0.0; CARRY] {
-            self.carry = None;
-        } else {
-            self.carry = Some(Box::new(carry));
-        }
+        let is_any = carry.iter().any(|&x| x != 0.0);
+        self.carry = is_any.then(|| Box::new(carry));
     }
 
     /// How an array of any elements of `item` bytes lies: in the leaf's order where it has the leaf's shape.

@@ -153,7 +153,7 @@ mod tests {
     fn results_come_in_the_order_of_parts() {
         let lens = vec![3 * CHUNK, 17, 20 * CHUNK];
         let all = |threads| {
-            let gather = |_: &mut (), all: &mut Vec<_>, leaf, range: Range<usize>| {
+            let gather = |(): &mut (), all: &mut Vec<_>, leaf, range: Range<usize>| {
                 all.extend(range.map(|i| (leaf, i)));
             };
             let parts = Parts::new(&lens, threads);

@@ -270,6 +270,9 @@ impl<F: Element> Step<'_, F> {
 
     /// Moves a piece; without gradients, the rule leaves it alone, and the cycles do not. Weights that are kept in full are
     /// moved themselves.
+    ///
+    /// # Panics
+    /// If an array that a pass beside the kernel touches is lent as it is stored: see [`Self::raw`].
     pub fn advance(&self, mut p: Stored<F>, g: Option<Gradient<F>>, kept: &mut Kept<F>) {
         if self.is_plain() {
             if let Some(g) = g {
@@ -285,7 +288,7 @@ impl<F: Element> Step<'_, F> {
         let fuses_start = fuses && self.starting > 0;
         self.start(fuses_start, keeps_slow, p.whole(), kept);
         if let Some(row) = self.rows.gradient.filter(|_| self.starting > 0) {
-            match g.as_ref().map(|g| g.whole()) {
+            match g.as_ref().map(Gradient::whole) {
                 Some(g) => {
                     let g = g.expect("it is not lent as it is stored");
                     let pairs = kept.row(row).iter_mut().zip(g);
@@ -297,7 +300,7 @@ impl<F: Element> Step<'_, F> {
                 None => kept.row(row).fill(F::default()),
             }
         }
-        let fused = match self.syncs {
+        let blended = match self.syncs {
             [
                 Sync {
                     weights: Meet::Blend(blend),
@@ -308,14 +311,14 @@ impl<F: Element> Step<'_, F> {
             _ => None,
         };
         if let Some(g) = g {
-            let phase = match fused {
+            let phase = match blended {
                 Some(blend) => Phase::Sync(blend),
                 None if fuses_start => Phase::Start,
                 None => Phase::Plain,
             };
             self.update(phase, p.again(), g, kept);
         }
-        self.sync(fused.is_some(), keeps_slow, p.whole(), kept);
+        self.sync(blended.is_some(), keeps_slow, p.whole(), kept);
     }
 
     fn is_plain(&self) -> bool {

@@ -198,7 +198,7 @@ fn arrays_as_they_are_stored_are_stepped_as_what_they_stand_for() {
                     let mut codes = vec![0; n];
                     let rounding = match rounding.unwrap()[row / 2] {
                         Rounding::Stochastic { key, .. } => Rounding::Stochastic { key, row },
-                        nearest => nearest,
+                        Rounding::Nearest => Rounding::Nearest,
                     };
                     let numbers = Numbers::From(64);
                     keep_bf16(Level::available()[0], rounding, from, numbers, &mut codes);
@@ -242,9 +242,9 @@ fn arrays_as_they_are_stored_are_stepped_as_what_they_stand_for() {
                     } else {
                         assert!(arrays.p == by_hand.p, "{what}");
                     }
-                    for row in 0..states {
+                    for (row, codes) in state.iter().enumerate() {
                         if half_state {
-                            assert_eq!(state[row], kept_bits(row, &by_hand.kept[row]), "{what}");
+                            assert_eq!(*codes, kept_bits(row, &by_hand.kept[row]), "{what}");
                         } else {
                             assert!(arrays.kept[row] == by_hand.kept[row], "{what}");
                         }

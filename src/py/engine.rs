@@ -139,7 +139,7 @@ impl Engine {
         cycles: Vec<CycleSpec>,
         options: OptionSpec,
     ) -> PyResult<Self> {
-        let inner = Inner::new(py, names, &params, &of_group, groups, &cycles, options)?;
+        let inner = Inner::new(py, &names, &params, &of_group, groups, &cycles, options)?;
         Ok(Self {
             inner: Mutex::new(inner),
             steps: AtomicU64::new(0),

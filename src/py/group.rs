@@ -130,17 +130,13 @@ impl Group {
                 _ => Codec::Whole,
             };
             let (numbers, scales) = codec.bytes(n, size);
-            let codes = at
-                + if codec == Codec::Whole {
-                    before * size
-                } else {
-                    0
-                };
-            let scales_at = (codes + numbers).next_multiple_of(LINE);
+            let is_whole = codec == Codec::Whole;
+            let start = at + if is_whole { before * size } else { 0 };
+            let scales_at = (start + numbers).next_multiple_of(LINE);
             at = (scales_at + scales).next_multiple_of(LINE);
             Row {
                 codec,
-                codes,
+                codes: start,
                 scales: scales_at,
                 end: at,
             }

@@ -45,7 +45,7 @@ impl ByName {
 }
 
 pub struct Inner {
-    arrays: Vec<(Py<PyUntypedArray>, Py<PyWeakrefReference>)>,
+    arrays: Arrays,
     leaves: Vec<Leaf>,
     names: ByName,
     parts: Parts,
@@ -74,39 +74,16 @@ impl Inner {
     /// Checks the arrays, and makes the state for them.
     pub fn new(
         py: Python<'_>,
-        names: Vec<String>,
+        names: &[String],
         params: &[Bound<'_, PyAny>],
         of_group: &[usize],
         groups: Vec<GroupSpec>,
         cycles: &[CycleSpec],
         options: OptionSpec,
     ) -> PyResult<Self> {
-        let mut leaves: Vec<Leaf> = Vec::with_capacity(params.len());
-        let mut arrays = Vec::with_capacity(params.len());
-        let mut order_of = Names::default();
-        let mut forms = HashMap::new();
         // Blocks of 8-bit state are runs of elements, which must not depend on how an array lies.
         let counting = options.state_dtype.as_deref() == Some("int8");
-        for ((name, param), &group) in names.iter().zip(params).zip(of_group) {
-            let array = as_array(param, || name.clone())?;
-            let header = header(array, || name.clone())?;
-            let lies = (header.dtype, header.shape.to_vec(), header.strides.to_vec());
-            let leaf = Leaf::new(group, &header, counting, forms.get(&lies));
-            if !header.writeable {
-                return Err(Error::ReadOnly(name.clone()).into());
-            }
-            if !forms.contains_key(&lies) && leaf.form.layout.overlaps_itself() {
-                return Err(Error::OverlapsItself(name.clone()).into());
-            }
-            forms.entry(lies).or_insert_with(|| leaf.form.clone());
-            leaves.push(leaf);
-            order_of.push(name);
-            arrays.push((
-                array.clone().unbind(),
-                PyWeakrefReference::new(array)?.unbind(),
-            ));
-        }
-        let names = order_of;
+        let (mut leaves, arrays, names) = read(names, params, of_group, counting)?;
         let of_leaves = || {
             leaves
                 .iter()
@@ -472,6 +449,41 @@ impl Inner {
             carry: &mut self.carry,
         }
     }
+}
+
+type Arrays = Vec<(Py<PyUntypedArray>, Py<PyWeakrefReference>)>;
+
+/// Leaves as their arrays say; those, held; and the leaves' names.
+fn read(
+    names: &[String],
+    params: &[Bound<'_, PyAny>],
+    of_group: &[usize],
+    counting: bool,
+) -> PyResult<(Vec<Leaf>, Arrays, Names)> {
+    let mut leaves: Vec<Leaf> = Vec::with_capacity(params.len());
+    let mut arrays = Vec::with_capacity(params.len());
+    let mut all_names = Names::default();
+    let mut forms = HashMap::new();
+    for ((name, param), &group) in names.iter().zip(params).zip(of_group) {
+        let array = as_array(param, || name.clone())?;
+        let header = header(array, || name.clone())?;
+        let lies = (header.dtype, header.shape.to_vec(), header.strides.to_vec());
+        let leaf = Leaf::new(group, &header, counting, forms.get(&lies));
+        if !header.writeable {
+            return Err(Error::ReadOnly(name.clone()).into());
+        }
+        if !forms.contains_key(&lies) && leaf.form.layout.overlaps_itself() {
+            return Err(Error::OverlapsItself(name.clone()).into());
+        }
+        forms.entry(lies).or_insert_with(|| leaf.form.clone());
+        leaves.push(leaf);
+        all_names.push(name);
+        arrays.push((
+            array.clone().unbind(),
+            PyWeakrefReference::new(array)?.unbind(),
+        ));
+    }
+    Ok((leaves, arrays, all_names))
 }
 
 /// 32 bits of a leaf's name (FNV-1a).

@@ -312,7 +312,7 @@ impl All<'_> {
                 needs,
                 &mut None,
                 each,
-            )
+            );
         };
     }
 
@@ -457,7 +457,7 @@ impl All<'_> {
                     as_computed!(
                         leaf,
                         self.advance(hands, course, &syncs, means, index, range)
-                    )
+                    );
                 }
             }
         });

@@ -155,7 +155,7 @@ impl Inner {
                     kinds.push(((name, dtype, leaf.form.shape.to_vec()), row.codes));
                 }
                 Codec::BFloat16 => {
-                    kinds.push(((name, "bfloat16", leaf.form.shape.to_vec()), row.codes))
+                    kinds.push(((name, "bfloat16", leaf.form.shape.to_vec()), row.codes));
                 }
                 Codec::Signed8 | Codec::Unsigned8 => {
                     let (codes, scales) = row.codec.bytes(leaf.len(), 4);

@@ -67,7 +67,7 @@ impl All<'_> {
                     as_computed!(
                         leaf,
                         self.squares_of(hands, gather, leaf, part, grads, unit)
-                    )
+                    );
                 }
             },
         );
