@@ -349,7 +349,7 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
         // Whatever random bits are made of is left alone where none are needed: it takes as long as the update.
         match keys {
             _ if is_whole && part.len() == FEW => {}
-            [None, None] => {
+            keys if is_whole || keys == [None; 2] => {
                 for (array, copy) in state.iter_mut().zip(&copies) {
                     array.set_few(
                         part.clone(),
@@ -434,10 +434,13 @@ fn evaluated<F: Element, R: rule::Evaluate<F, K, N>, const K: usize, const N: us
     kept: &mut Kept<F>,
 ) {
     let c: [F; K] = scalars.try_into().expect("one number per scalar");
+    let mut arrays = kept.state.iter_mut();
+    let state: [&[F]; N] = from_fn(|_| {
+        let array = arrays.next().expect("an array per state");
+        &array.whole()[..p.len()]
+    });
     for (i, p) in p.iter_mut().enumerate() {
-        let mut arrays = kept.state.iter_mut();
-        let state = from_fn(|_| arrays.next().expect("an array per state").whole()[i]);
-        *p = R::evaluate(&c, *p, state);
+        *p = R::evaluate(&c, *p, state.map(|s| s[i]));
     }
 }
 

@@ -354,9 +354,9 @@ impl Names {
     }
 }
 
-/// A number of leaves or groups, of which there are fewer than 2^32.
+/// A number of leaves or groups, or of bytes of all their names: 4 GiB of those are more than anybody has.
 fn narrow(count: usize) -> u32 {
-    u32::try_from(count).expect("more than memory could hold")
+    u32::try_from(count).expect("fewer than 2^32")
 }
 
 /// Numbers of the elements of an array of `shape`, walked along the axes in `order`; none where that is counting.

@@ -23,16 +23,18 @@ pub struct Parts {
     starts: Vec<(usize, usize)>,
     leaves: usize,
     threads: usize,
+    /// How long a step takes, in elements.
+    pub weight: usize,
 }
 
 impl Parts {
     /// The parts of leaves of these lengths, for so many threads.
     #[must_use]
     pub fn new(lens: &[usize], threads: usize) -> Self {
-        let all: usize = lens.iter().map(|len| len + OF_A_LEAF).sum();
+        let weight: usize = lens.iter().map(|len| len + OF_A_LEAF).sum();
         let mut starts = vec![(0, 0)];
-        if threads > 1 && all >= ALONE {
-            let most = (all / (threads * EACH)).clamp(CHUNK, LARGEST);
+        if threads > 1 && weight >= ALONE {
+            let most = (weight / (threads * EACH)).clamp(CHUNK, LARGEST);
             let mut room = most;
             for (leaf, &len) in lens.iter().enumerate() {
                 let mut start = 0;
@@ -48,6 +50,7 @@ impl Parts {
             starts,
             leaves: lens.len(),
             threads,
+            weight,
         }
     }
 

@@ -155,12 +155,6 @@ impl<F: Element> Sync<F> {
         }
     }
 
-    /// Whether a leaf's steps are counted from the start again.
-    #[must_use]
-    pub fn resets(&self) -> bool {
-        self.state == InnerState::Reset
-    }
-
     /// Whether it does anything to the rule's state.
     #[must_use]
     pub fn moves_state(&self) -> bool {

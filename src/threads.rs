@@ -2,7 +2,7 @@
 //! as the process; a forked child, which has none of its parent's threads, starts its own.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
@@ -12,7 +12,7 @@ type Work<'a> = dyn Fn() + Sync + 'a;
 /// The threads of one process, and the pool of its forked children.
 struct Pool {
     /// Whose it is; 0 before it is anybody's.
-    process: AtomicU32,
+    generation: AtomicU32,
     state: Mutex<State>,
     /// There is a job to take part in.
     offered: Condvar,
@@ -43,7 +43,7 @@ static POOL: Pool = Pool::new();
 impl Pool {
     const fn new() -> Self {
         Self {
-            process: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
             state: Mutex::new(State {
                 threads: 0,
                 jobs: Vec::new(),
@@ -57,12 +57,12 @@ impl Pool {
 
     /// The pool of this process. A parent's is left as the fork found it: its lock may be held for ever.
     fn here() -> &'static Self {
-        let me = std::process::id();
+        let me = generation();
         let mut pool = &POOL;
         loop {
-            match pool.process.compare_exchange(0, me, Relaxed, Relaxed) {
+            match pool.generation.compare_exchange(0, me, Relaxed, Relaxed) {
                 Ok(_) => return pool,
-                Err(process) if process == me => return pool,
+                Err(generation) if generation == me => return pool,
                 Err(_) => pool = pool.child.get_or_init(|| Box::new(Self::new())),
             }
         }
@@ -154,7 +154,7 @@ pub fn share(threads: usize, work: &Work<'_>) {
     }
     let pool = Pool::here();
     // SAFETY: only the lifetime is another. `withdraw` returns once no thread has the reference any more, and is called
-    // however `work` ends here, before the borrow does.
+    // however `work` ends here, before the borrow does; nothing between `offer` and it panics.
     let lent = unsafe { std::mem::transmute::<&Work<'_>, &'static Work<'static>>(work) };
     let job = pool.offer(lent, threads - 1);
     let outcome = catch_unwind(AssertUnwindSafe(work));
@@ -163,6 +163,25 @@ pub fn share(threads: usize, work: &Work<'_>) {
         resume_unwind(panic);
     }
     assert!(!panicked, "a thread of the pool panicked");
+}
+
+/// Which process this is: 1, and one more in a forked child. (A process may have the number of one that is gone.)
+#[must_use]
+pub fn generation() -> u32 {
+    static GENERATION: AtomicU32 = AtomicU32::new(1);
+    #[cfg(unix)]
+    {
+        static IS_TOLD: AtomicBool = AtomicBool::new(false);
+        extern "C" fn forked() {
+            GENERATION.fetch_add(1, Relaxed);
+        }
+        if !IS_TOLD.swap(true, Relaxed) {
+            // SAFETY: the handler does nothing but count. Where there is no memory for it, a child is not told from its
+            // parent, as if there were none.
+            unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+        }
+    }
+    GENERATION.load(Relaxed)
 }
 
 /// How many threads a step may use where nothing else is said: those that the process may, by its affinity and its

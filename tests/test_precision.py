@@ -628,3 +628,24 @@ def test_gradients_that_are_prepared_and_state_in_fewer_bits_go_together():
         g = np.clip(g * np.float32(0.5), -0.5, 0.5) * np.float32(1.0 / a.grad_norm)
         b.step(g - g.mean(axis=1, dtype="f8", keepdims=True).astype("f4"))
     assert p.tobytes() == q.tobytes()
+
+
+@pytest.mark.parametrize("rule", [ls.ScheduleFreeSGD(lr=0.1), ls.ASGD(lr=0.1)], ids=["ScheduleFreeSGD", "ASGD"])
+def test_averages_of_frozen_leaves_are_the_leaves(rule):
+    """They have no rows, and so no master weights; looking for them was a panic."""
+    p = {name: np.ones(10, BF16) for name in ("a", "b")}
+    opt = ls.Optimizer(p, rule, groups=[("b", {"frozen": True})], master_weights=True)
+    opt.step({"a": np.ones(10, BF16), "b": None})
+    assert opt.slow["b"].tobytes() == p["b"].tobytes()
+    opt.step({"a": np.ones(10, BF16), "b": None})
+    assert opt.steps == 2
+
+
+@every_half
+def test_a_leaf_without_a_gradient_keeps_its_bits(half):
+    """Also those of a NaN that arithmetic would make another one of."""
+    bits = np.arange(0x7C00, 0x7FFF, 7, dtype=np.uint16)
+    for p in (bits.view(half).copy(), np.repeat(bits, 2).view(half)[::2]):
+        opt = ls.Optimizer({"p": p, "q": np.ones(3, half)}, ls.Adam(lr=0.1), master_weights=True)
+        opt.step({"p": None, "q": np.ones(3, half)})
+        assert p.tobytes() == bits.tobytes()

@@ -171,6 +171,32 @@ def test_optimizers_in_several_threads_share_the_pool():
     assert digests == [expected] * 4
 
 
+RESIZED = f"""
+import threading, time
+import numpy as np, lookstep as ls
+p, g = np.zeros({32 * BIG}, "f4"), np.ones({32 * BIG}, "f4")
+opt = ls.Optimizer(p, ls.Adam(), threads=1)
+thread = threading.Thread(target=lambda: opt.step(g))
+thread.start()
+while thread.is_alive():
+    try:
+        g.resize(16, refcheck=False)
+    except ValueError:
+        time.sleep(0.001)
+thread.join()
+print(opt.steps)
+"""
+
+
+def test_a_gradient_cannot_be_taken_away_while_it_is_read():
+    """It was a crash: another thread may resize it as soon as the interpreter lock is released."""
+    done = subprocess.run([sys.executable, "-c", RESIZED], capture_output=True, text=True)
+    # Either the resize came first, and the gradient has another shape; or it is refused as long as the step takes.
+    assert done.returncode == 0
+    assert done.stdout.strip() in ("0", "1")
+    assert done.stdout.strip() == "1" or "grads has shape (16,)" in done.stderr
+
+
 def step_on(opt, grads, queue):
     opt.step(grads)
     queue.put(digest(opt))

@@ -11,6 +11,7 @@ use super::array::View;
 use super::group::{CycleSpec, GroupSpec, Hyper, OptionSpec};
 use super::inner::{Counters, Inner, Kind};
 use crate::error::Error;
+use crate::threads::generation;
 
 /// The compiled half of `Optimizer`: leaves, their state, and the counters that move with them.
 #[pyclass(frozen, module = "lookstep._core")]
@@ -23,7 +24,7 @@ pub struct Engine {
     skipped: AtomicU64,
     /// The thread that has it, while one has.
     owner: AtomicU64,
-    /// The process that made it.
+    /// The process that made it: its [`generation`].
     process: u32,
     /// The last entry into a context whose end could not put the fast weights back.
     abandoned: AtomicU64,
@@ -85,7 +86,7 @@ impl Engine {
         let inner = match self.inner.try_lock() {
             Ok(inner) => inner,
             Err(TryLockError::WouldBlock) => {
-                if self.owner.load(Relaxed) == me || self.process != std::process::id() {
+                if self.owner.load(Relaxed) == me || self.process != generation() {
                     return Err(Error::Busy);
                 }
                 let waited = self.inner.lock_py_attached(py);
@@ -146,7 +147,7 @@ impl Engine {
             syncs: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
             owner: AtomicU64::new(0),
-            process: std::process::id(),
+            process: generation(),
             abandoned: AtomicU64::new(0),
             grad_norm: AtomicU64::new(NONE),
             slow_step: AtomicU64::new(NONE),

@@ -24,7 +24,8 @@ use crate::threads::available;
 
 pub use state::{Counters, Kind};
 
-/// Elements from which on other Python threads may run while they are stepped: fewer take some microseconds.
+/// Elements, and what leaves weigh besides, from which on other Python threads may run while they are stepped: fewer take
+/// some microseconds.
 const DETACHED: usize = 1 << 14;
 
 /// Leaves in the order of their names, found when it is first asked for.
@@ -49,8 +50,6 @@ pub struct Inner {
     leaves: Vec<Leaf>,
     names: ByName,
     parts: Parts,
-    /// Elements of all leaves.
-    size: usize,
     groups: Vec<Group>,
     arena: Arena,
     spans: Spans,
@@ -131,7 +130,6 @@ impl Inner {
         let inner = Self {
             spans: Spans::new(spans.chain([(arena.span.clone(), None)])),
             parts: Parts::new(&lens, threads),
-            size: lens.iter().sum(),
             arrays,
             leaves,
             names: ByName {
@@ -173,6 +171,17 @@ impl Inner {
     /// Moves every leaf by its gradient, and syncs where that ends a cycle.
     pub fn step(&mut self, py: Python<'_>, grads: &[Bound<'_, PyAny>], scale: f64) -> PyResult<()> {
         let mut has_grad = vec![false; grads.len()];
+        // While other Python threads may run, gradients are guarded as parameters always are.
+        let detaches = self.parts.weight >= DETACHED;
+        let mut guards = Vec::with_capacity(if detaches { grads.len() } else { 0 });
+        if detaches {
+            for grad in grads
+                .iter()
+                .filter_map(|grad| grad.cast::<PyUntypedArray>().ok())
+            {
+                guards.push(PyWeakrefReference::new(grad)?);
+            }
+        }
         self.check_params(py, false)?;
         if self.check_grads(grads, &mut has_grad)? {
             // Python has run, so all is checked once more; what was found to share nothing is not asked again.
@@ -426,7 +435,7 @@ impl Inner {
         if !self.arena.is_whole(py) {
             return Err(Error::Internal.into());
         }
-        let detaches = self.size >= DETACHED;
+        let detaches = self.parts.weight >= DETACHED;
         let mut all = self.all();
         let run = || catch_unwind(AssertUnwindSafe(|| work(&mut all)));
         let outcome = if detaches { py.detach(run) } else { run() };

@@ -254,8 +254,8 @@ impl<F: Element> Scratch<F> {
 }
 
 /// Where numbers are lent from.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd)]
-enum From {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
     Nowhere,
     /// Their own place, in the numbers that are computed with.
     Whole,
@@ -267,7 +267,7 @@ enum From {
     Copy,
 }
 
-impl From {
+impl Source {
     fn place<F: Element>(place: &Place, dtype: Dtype, raw: bool) -> Self {
         match dtype {
             dtype if dtype == F::DTYPE && place.is_slice::<F>() => Self::Whole,
@@ -301,31 +301,32 @@ pub unsafe fn visit<F: Number>(
     let states = F::kernel(group).state.len();
     let master = group.rows.master.filter(|_| dtype.is_narrow());
     let p_from = match (needs.p, master) {
-        (Use::Nothing, _) => From::Nowhere,
-        (Use::Master, Some(row)) => From::Master(row),
-        _ => From::place::<F>(&p_place, dtype, needs.raw.p),
+        (Use::Nothing, _) => Source::Nowhere,
+        (Use::Master, Some(row)) => Source::Master(row),
+        _ => Source::place::<F>(&p_place, dtype, needs.raw.p),
     };
     let mut factor = None;
     let g_from = match needs.g {
-        None => From::Nowhere,
-        Some(Prepared { means: Some(_), .. }) => From::Copy,
+        None => Source::Nowhere,
+        Some(Prepared { means: Some(_), .. }) => Source::Copy,
         Some(Prepared { prepare, .. }) if prepare == Prepare::NOTHING => {
-            From::place::<F>(&g_place, g_dtype, needs.raw.g)
+            Source::place::<F>(&g_place, g_dtype, needs.raw.g)
         }
         Some(Prepared { prepare, .. }) => {
             factor = prepare.factor::<F>().filter(|_| needs.raw.g);
             match factor {
-                Some(_) => From::place::<F>(&g_place, g_dtype, true),
-                None => From::Copy,
+                Some(_) => Source::place::<F>(&g_place, g_dtype, true),
+                None => Source::Copy,
             }
         }
     };
-    if g_from == From::Copy {
+    if g_from == Source::Copy {
         factor = None;
     }
     let fewer = group.fewer.filter(|_| F::DTYPE == Dtype::F32);
     let coded = fewer.filter(|_| matches!(needs.rows, Use::Read | Use::Write));
-    if fewer.is_none() && p_from <= From::Whole && g_from <= From::Whole {
+    let is_own = |from| matches!(from, Source::Nowhere | Source::Whole);
+    if fewer.is_none() && is_own(p_from) && is_own(g_from) {
         // Most leaves are lent as they are: that is to take no time.
         let (first, stride, count) = group.whole_rows(leaf);
         let count = if needs.rows == Use::Nothing { 0 } else { count };
@@ -340,11 +341,11 @@ pub unsafe fn visit<F: Number>(
                 kept.push(row, Array::Whole(array));
             }
             let mut p = Stored::default();
-            if p_from == From::Whole {
+            if p_from == Source::Whole {
                 // SAFETY: the caller vouches for the numbers.
                 p = Array::Whole(unsafe { p_place.lend(&range) });
             }
-            let g = (g_from == From::Whole).then(|| {
+            let g = (g_from == Source::Whole).then(|| {
                 // SAFETY: as above; it is only read.
                 let array = Array::Whole(&*unsafe { g_place.lend(&range) });
                 Gradient { array, factor }
@@ -354,8 +355,8 @@ pub unsafe fn visit<F: Number>(
         return;
     }
     let halves = needs.raw.state && coded == Some(Fewer::BFloat16) && leaf.form.logical.is_none();
-    let copies = p_from == From::Copy || g_from == From::Copy || coded.is_some() && !halves;
-    let mut scratch = (copies || matches!(p_from, From::Master(_)))
+    let copies = p_from == Source::Copy || g_from == Source::Copy || coded.is_some() && !halves;
+    let mut scratch = (copies || matches!(p_from, Source::Master(_)))
         .then(|| scratch.get_or_insert_with(|| Box::new(Scratch::new())));
     let piece = if scratch.is_some() {
         BLOCK
@@ -402,12 +403,12 @@ pub unsafe fn visit<F: Number>(
             }
         }
         let p = match p_from {
-            From::Nowhere => Stored::default(),
+            Source::Nowhere => Stored::default(),
             // SAFETY: the caller vouches for the numbers.
-            From::Whole => Array::Whole(unsafe { p_place.lend(&range) }),
+            Source::Whole => Array::Whole(unsafe { p_place.lend(&range) }),
             // SAFETY: as above.
-            From::Half => Array::Half(unsafe { p_place.lend(&range) }),
-            From::Master(row) => {
+            Source::Half => Array::Half(unsafe { p_place.lend(&range) }),
+            Source::Master(row) => {
                 let bits = bits.as_deref_mut().expect("there is a scratch");
                 let master = take(kept.row(row));
                 // SAFETY: as the caller vouches.
@@ -415,7 +416,7 @@ pub unsafe fn visit<F: Number>(
                 adopt(level, dtype, bits, master);
                 Array::Whole(master)
             }
-            From::Copy => {
+            Source::Copy => {
                 let copy = p_copy.expect("there is a scratch");
                 // SAFETY: as the caller vouches.
                 unsafe { p_place.load(dtype, range.clone(), copy) };
@@ -423,12 +424,12 @@ pub unsafe fn visit<F: Number>(
             }
         };
         let g = match g_from {
-            From::Nowhere | From::Master(_) => None,
+            Source::Nowhere | Source::Master(_) => None,
             // SAFETY: as above; it is only read.
-            From::Whole => Some(Array::Whole(&*unsafe { g_place.lend(&range) })),
+            Source::Whole => Some(Array::Whole(&*unsafe { g_place.lend(&range) })),
             // SAFETY: as above.
-            From::Half => Some(Array::Half(&*unsafe { g_place.lend(&range) })),
-            From::Copy => {
+            Source::Half => Some(Array::Half(&*unsafe { g_place.lend(&range) })),
+            Source::Copy => {
                 let prepared = needs.g.expect("asked for");
                 let copy = g_copy.expect("there is a scratch");
                 // SAFETY: as the caller vouches.
@@ -445,11 +446,11 @@ pub unsafe fn visit<F: Number>(
         let mut p = p;
         each(range.clone(), p.again(), g, &mut kept);
         match (p_from, p) {
-            (From::Copy, Array::Whole(p)) if needs.p != Use::Read => {
+            (Source::Copy, Array::Whole(p)) if needs.p != Use::Read => {
                 // SAFETY: as the caller vouches.
                 unsafe { p_place.store(dtype, range.clone(), p) };
             }
-            (From::Master(_), Array::Whole(master)) => {
+            (Source::Master(_), Array::Whole(master)) => {
                 let bits = bits.expect("there is a scratch");
                 F::narrow(level, dtype, master, bits);
                 // SAFETY: as the caller vouches.

@@ -479,8 +479,11 @@ impl All<'_> {
         let syncs = F::of(syncs)
             .get(leaf.group())
             .map_or(&[][..], |syncs| syncs);
-        let Hand { scratch, scalars } = F::hand(hands);
         let moved = course.grads.has[index];
+        if !moved && course.starting == 0 && syncs.is_empty() {
+            return;
+        }
+        let Hand { scratch, scalars } = F::hand(hands);
         if moved {
             scalars.of(
                 kernel,

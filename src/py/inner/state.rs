@@ -69,8 +69,16 @@ impl Inner {
         }
         if self.cycles.0.is_empty() {
             self.check_params(py, true)?;
-            let indices = 0..self.leaves.len();
-            return indices.map(|index| self.average(py, index)).collect();
+            let mut views = Vec::with_capacity(self.leaves.len());
+            for index in 0..self.leaves.len() {
+                let is_frozen = self.groups[self.leaves[index].group()].frozen;
+                views.push(if is_frozen {
+                    fast(&self.arrays[index])
+                } else {
+                    self.average(py, index)?
+                });
+            }
+            return Ok(views);
         }
         let views = self.leaves.iter().zip(&self.arrays).map(|(leaf, array)| {
             let group = &self.groups[leaf.group()];
@@ -84,16 +92,19 @@ impl Inner {
     fn average(&mut self, py: Python<'_>, index: usize) -> PyResult<View> {
         let shape = Some(shape(&self.leaves[index]));
         let n = self.leaves[index].len();
-        let all = self.all();
-        let array = if all.leaves[index].dtype() == Dtype::F64 {
+        let array = if self.leaves[index].dtype() == Dtype::F64 {
             let numbers = PyArray1::<f64>::zeros(py, n, false);
             // SAFETY: the leaves have just been checked, and nobody else has seen the new array.
-            unsafe { all.average(index, numbers.as_slice_mut()?) };
+            let into = unsafe { numbers.as_slice_mut()? };
+            // SAFETY: as above.
+            self.run(py, |all| unsafe { all.average(index, into) })?;
             numbers.into_any()
         } else {
             let numbers = PyArray1::<f32>::zeros(py, n, false);
             // SAFETY: as above.
-            unsafe { all.average(index, numbers.as_slice_mut()?) };
+            let into = unsafe { numbers.as_slice_mut()? };
+            // SAFETY: as above.
+            self.run(py, |all| unsafe { all.average(index, into) })?;
             numbers.into_any()
         };
         Ok(View {
