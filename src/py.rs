@@ -1,21 +1,22 @@
-//! The boundary: the only place that names Python and NumPy, and the only one that turns addresses into numbers. What is
-//! public is `engine`; a call checks everything in `inner`, then `work` goes over the leaves, whose numbers `memory` lends
-//! it by `group`'s plan of rows. `array` reads arrays and makes views; `inner/state` is a run as arrays.
+//! The boundary: the only place that names Python and NumPy, and the only one that turns addresses into numbers. What
+//! is public is `engine`; a call checks everything in `inner`, then `work` goes over the leaves, whose numbers `memory`
+//! lends it by `group`'s plan of rows. `array` reads arrays and makes views; `inner/state` is a run as arrays.
 //!
-//! Why the memory is there. A leaf's array is held by a strong and a weak reference: the first keeps it alive, the second
-//! makes NumPy refuse to resize it; our own arrays likewise. Address, shape, strides, dtype and flags are read again at
-//! every step, and a step over an array of which any has changed is refused. Gradients are read again too, and held until
-//! the step ends. Only arrays of NumPy's own types are taken, so no code of the user's runs between these checks and the
-//! step; where we ask NumPy whether two arrays share memory, it may, and all is checked once more after it.
+//! Why the memory is there. A leaf's array is held by a strong and a weak reference: the first keeps it alive, the
+//! second makes NumPy refuse to resize it; our own arrays likewise. Address, shape, strides, dtype and flags are read
+//! again at every step, and a step over an array of which any has changed is refused. Gradients are read again too, and
+//! held until the step ends, by a weak reference as well where other Python threads may run meanwhile. Only arrays of
+//! NumPy's own types are taken, so no code of the user's runs between these checks and the step; where we ask NumPy
+//! whether two arrays share memory, it may, and all is checked once more after it.
 //!
 //! Why nobody else has it. Leaves are checked, once, to share no byte with each other or with themselves, and each new
-//! gradient to share none with a leaf or with the state; views of the state are handed out read-only. One call at a time
-//! has the engine, by its mutex. What is left is another thread that, while numbers move, writes an array (then it is up
-//! to that thread what the numbers are), or takes a gradient's memory away by `resize(refcheck=False)` or any array's by
-//! `__setstate__`: like NumPy's own functions, we cannot stop it.
+//! gradient to share none with a leaf or with the state; views of the state are handed out read-only. One call at a
+//! time has the engine, by its mutex; threads that share its work have parts without an element in common. What is left
+//! is another thread that, while numbers move, writes an array (then it is up to that thread what the numbers are), or
+//! takes an array's memory away by `__setstate__`: like NumPy's own functions, we cannot stop it.
 //!
-//! All checks come before the first write, and counters are moved within the same call as the numbers, so that an error,
-//! an interrupt or a second thread finds a step done whole or not at all.
+//! All checks come before the first write, and counters are moved within the same call as the numbers, so that an
+//! error, an interrupt or a second thread finds a step done whole or not at all.
 
 mod array;
 mod engine;
