@@ -28,18 +28,11 @@ impl<F> Default for Stored<'_, F> {
 
 impl<'a, F> Stored<'a, F> {
     /// Elements.
-    #[must_use]
-    pub fn len(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         match self {
             Self::Whole(x) => x.len(),
             Self::Half(x) => x.len(),
         }
-    }
-
-    /// Whether there is no element.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// The same array, for a while.

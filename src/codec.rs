@@ -7,7 +7,7 @@ use crate::simd::{Level, at};
 mod eight;
 mod random;
 
-pub use eight::{keep_8, keep_block, read_8, read_block};
+pub use eight::{keep_8, read_8};
 pub use random::{Numbers, half, mix};
 
 /// Elements that share a scale.
@@ -98,22 +98,37 @@ pub fn keep_bf16<F: Element>(
                 pairs.for_each(|(x, code)| *code = nearest_bf16(x.single()))
             );
         }
-        // Where the row is known, its half costs less.
-        Rounding::Stochastic { key, row } if row % 2 == 0 => {
-            at!(level, keep_either::<F, 0>(key, from, numbers, into));
-        }
-        Rounding::Stochastic { key, .. } => {
-            at!(level, keep_either::<F, 1>(key, from, numbers, into));
+        Rounding::Stochastic { key, row } => {
+            at!(level, keep_by(key, row, from, numbers, into, either_bf16));
         }
     }
 }
 
+/// Keeps each number as `code` says by 16 random bits.
 #[inline(always)]
-fn keep_either<F: Element, const ROW: usize>(
+fn keep_by<F: Element, C: Copy + Default>(
+    key: u32,
+    row: usize,
+    from: &[F],
+    numbers: Numbers,
+    into: &mut [C],
+    code: impl Fn(f32, u32) -> C + Copy,
+) {
+    // Where the row is known, its half costs less.
+    if row.is_multiple_of(2) {
+        keep_by_half::<F, C, 0>(key, from, numbers, into, code);
+    } else {
+        keep_by_half::<F, C, 1>(key, from, numbers, into, code);
+    }
+}
+
+#[inline(always)]
+fn keep_by_half<F: Element, C: Copy + Default, const ROW: usize>(
     key: u32,
     from: &[F],
     numbers: Numbers,
-    into: &mut [u16],
+    into: &mut [C],
+    code: impl Fn(f32, u32) -> C + Copy,
 ) {
     by_tile(
         from,
@@ -122,7 +137,7 @@ fn keep_either<F: Element, const ROW: usize>(
         |i, from, into| {
             let words = numbers.words(key, i);
             for lane in 0..LANES {
-                into[lane] = either_bf16(from[lane].single(), half(ROW, words[lane]));
+                into[lane] = code(from[lane].single(), half(ROW, words[lane]));
             }
         },
     );

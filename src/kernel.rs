@@ -172,18 +172,16 @@ impl<F: Element> Kernel<F> {
             },
             step: |level, phase, c, p, g, kept| match phase {
                 Phase::Plain => {
-                    at!(level, tiles::<F, R, K, N>(c, p, g, kept, |_, fast, _| fast));
+                    let finish = |_, fast, slow| (fast, slow);
+                    at!(level, tiles::<F, R, K, N, false>(c, p, g, kept, finish));
                 }
                 Phase::Start => {
-                    let finish = |before, fast, slow: &mut F| {
-                        *slow = before;
-                        fast
-                    };
-                    at!(level, tiles::<F, R, K, N>(c, p, g, kept, finish));
+                    let finish = |before, fast, _| (fast, before);
+                    at!(level, tiles::<F, R, K, N, true>(c, p, g, kept, finish));
                 }
                 Phase::Sync(blend) => {
-                    let finish = |_, fast, slow: &mut F| blend.of(fast, *slow);
-                    at!(level, tiles::<F, R, K, N>(c, p, g, kept, finish));
+                    let finish = move |_, fast, slow| (blend.of(fast, slow), slow);
+                    at!(level, tiles::<F, R, K, N, true>(c, p, g, kept, finish));
                 }
             },
             raw: |level, c, p, g, kept| at!(level, raw::<F, R, K, N>(c, p, g, kept)),
@@ -200,12 +198,12 @@ impl<F: Element> Kernel<F> {
 
 #[inline(always)]
 #[allow(clippy::many_single_char_names, reason = "what the papers call them")]
-fn tiles<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
+fn tiles<F: Element, R: Update<F, K, N>, const K: usize, const N: usize, const SLOW: bool>(
     scalars: &[F],
     p: &mut [F],
     g: &[F],
     kept: &mut Kept<F>,
-    finish: impl Fn(F, F, &mut F) -> F + Copy,
+    finish: impl Fn(F, F, F) -> (F, F) + Copy,
 ) {
     let c: [F; K] = scalars.try_into().expect("one number per scalar");
     let n = p.len();
@@ -218,18 +216,14 @@ fn tiles<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
             continue;
         }
         let mut state = chunks(&mut kept.state, part.clone());
-        let of_slow = if kept.slow.is_empty() {
-            0..0
-        } else {
-            part.clone()
-        };
+        let of_slow = if SLOW { part.clone() } else { 0..0 };
         let (slow, slow_end) = kept.slow[of_slow].as_chunks_mut();
         let (g, g_end) = g[part.clone()].as_chunks();
         let (p, p_end) = p[part].as_chunks_mut();
         let mut unused = [F::default(); LANES];
         for i in 0..p.len() {
             let state = state.each_mut().map(|(s, _)| &mut s[i]);
-            let slow = slow.get_mut(i).unwrap_or(&mut unused);
+            let slow = if SLOW { &mut slow[i] } else { &mut unused };
             R::tile(&c, &mut p[i], &g[i], state, slow, finish);
         }
         let mut at = 0;
@@ -292,7 +286,7 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
     let c: [F; K] = scalars.try_into().expect("one number per scalar");
     let [mut p_copy, mut g_copy] = [[F::default(); FEW]; 2];
     let (mut copies, mut unused) = ([[F::default(); FEW]; N], [F::default(); LANES]);
-    let n = p.len();
+    let n = p.count();
     let is_whole = kept.is_whole();
     let peeled = match &p {
         // Random bits are made for whole lines of elements.
@@ -336,7 +330,7 @@ fn raw<F: Element, R: Update<F, K, N>, const K: usize, const N: usize>(
                 &g_few[i],
                 s,
                 &mut unused,
-                |_, fast, _| fast,
+                |_, fast, slow| (fast, slow),
             );
         }
         p.set_few(

@@ -128,21 +128,27 @@ fn ends(outer: &[Cycle]) -> usize {
 }
 
 /// Slow weights' move toward fast ones, in the form that is exact at both ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Blend<F> {
-    /// The fraction of the way.
-    step: F,
-    /// `1 - step`, rounded once.
-    rest: F,
+    /// Whether it starts from the fast ones, which are nearer.
+    from_fast: bool,
+    /// The fraction of the way from there; negative from fast ones.
+    part: F,
 }
 
 impl<F: Float> Blend<F> {
     /// The arithmetic for `slow_step` in [0, 1]; none at 1, where fast weights stay.
     #[must_use]
     pub fn new(slow_step: f64) -> Option<Self> {
+        let from_fast = slow_step >= 0.5;
+        let part = if from_fast {
+            slow_step - 1.0
+        } else {
+            slow_step
+        };
         (slow_step < 1.0).then(|| Self {
-            step: F::round(slow_step),
-            rest: F::round(1.0 - slow_step),
+            from_fast,
+            part: F::round(part),
         })
     }
 
@@ -150,11 +156,10 @@ impl<F: Float> Blend<F> {
     #[must_use]
     #[inline(always)]
     pub fn of(self, fast: F, slow: F) -> F {
-        let way = fast - slow;
-        let from_slow = slow + self.step * way;
-        let from_fast = fast - way * self.rest;
-        let near = select(from_fast, from_slow, self.step < self.rest);
-        select(near, slow, self.step == F::default())
+        let nearer = select(slow, fast, self.from_fast);
+        // To add minus zero changes nothing.
+        let way = select(fast - slow, -F::default(), self.part == F::default());
+        nearer + self.part * way
     }
 }
 

@@ -26,7 +26,7 @@ pub trait Update<F, const K: usize, const N: usize> {
         g: &[F; L],
         state: [&mut [F; L]; N],
         slow: &mut [F; L],
-        finish: impl Fn(F, F, &mut F) -> F,
+        finish: impl Fn(F, F, F) -> (F, F),
     );
 }
 
@@ -191,7 +191,7 @@ macro_rules! rule {
                 g: &[$f; L],
                 state: [&mut [$f; L]; crate::rule::count!($($s)*)],
                 slow: &mut [$f; L],
-                finish: impl Fn($f, $f, &mut $f) -> $f,
+                finish: impl Fn($f, $f, $f) -> ($f, $f),
             ) {
                 // An argument an array: the compiler then knows that no two overlap, and vectorises without copies.
                 #[inline(always)]
@@ -203,12 +203,12 @@ macro_rules! rule {
                     g: &[$f; L],
                     $($s: &mut [$f; L],)*
                     slow: &mut [$f; L],
-                    finish: impl Fn($f, $f, &mut $f) -> $f,
+                    finish: impl Fn($f, $f, $f) -> ($f, $f),
                 ) {
                     for lane in 0..L {
                         let (after, state) = <$name as crate::rule::Update<$f, _, _>>::update(
                             scalars, p[lane], g[lane], [$($s[lane]),*]);
-                        p[lane] = finish(p[lane], after, &mut slow[lane]);
+                        (p[lane], slow[lane]) = finish(p[lane], after, slow[lane]);
                         let mut k = 0;
                         $($s[lane] = crate::rule::stored(state[k]); k += 1;)*
                     }

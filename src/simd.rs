@@ -53,6 +53,107 @@ impl Level {
     }
 }
 
+/// As long as it lives, this thread's floating-point mode is the one that Rust is compiled for, and that new threads
+/// begin with: to nearest, denormals as they are, no traps. Other code in the process may have set another.
+pub struct DefaultMode {
+    before: mode::Control,
+}
+
+impl DefaultMode {
+    /// Leaves the mode that the thread is in.
+    #[must_use]
+    pub fn enter() -> Self {
+        let before = mode::get();
+        if !mode::is_default(before) {
+            mode::set(mode::DEFAULT);
+        }
+        Self { before }
+    }
+}
+
+impl Drop for DefaultMode {
+    fn drop(&mut self) {
+        if !mode::is_default(self.before) {
+            mode::set(self.before);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod mode {
+    use std::arch::asm;
+
+    /// MXCSR.
+    pub type Control = u32;
+    pub const DEFAULT: Control = 0x1f80;
+    /// All but the flags of what has happened.
+    const MODE: Control = 0xffc0;
+
+    pub fn is_default(control: Control) -> bool {
+        control & MODE == DEFAULT
+    }
+
+    pub fn get() -> Control {
+        let mut control = 0;
+        // SAFETY: it writes four bytes, and those are ours.
+        unsafe {
+            asm!("stmxcsr [{}]", in(reg) &raw mut control, options(nostack, preserves_flags));
+        };
+        control
+    }
+
+    pub fn set(control: Control) {
+        // SAFETY: it reads four bytes, and they are the default or what the register was read to hold, which are valid.
+        unsafe {
+            asm!("ldmxcsr [{}]", in(reg) &raw const control, options(nostack, preserves_flags));
+        };
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod mode {
+    use std::arch::asm;
+
+    /// FPCR.
+    pub type Control = u64;
+    pub const DEFAULT: Control = 0;
+
+    pub fn is_default(control: Control) -> bool {
+        control == DEFAULT
+    }
+
+    pub fn get() -> Control {
+        let control;
+        // SAFETY: it reads a register.
+        unsafe {
+            asm!("mrs {}, fpcr", out(reg) control, options(nostack, preserves_flags));
+        };
+        control
+    }
+
+    pub fn set(control: Control) {
+        // SAFETY: it is the default, or what the register was read to hold.
+        unsafe {
+            asm!("msr fpcr, {}", in(reg) control, options(nostack, preserves_flags));
+        };
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod mode {
+    /// Nothing is known of it.
+    pub type Control = ();
+    pub const DEFAULT: Control = ();
+
+    pub fn is_default((): Control) -> bool {
+        true
+    }
+
+    pub fn get() -> Control {}
+
+    pub fn set((): Control) {}
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 pub(crate) fn avx2<R>(f: impl FnOnce() -> R) -> R {

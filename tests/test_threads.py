@@ -1,8 +1,10 @@
 """Any number of threads gives the same bits; they come late, sleep when idle, and survive forks."""
 
+import ctypes
 import hashlib
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -113,6 +115,7 @@ def test_threads_are_an_integer(value):
 
 COUNT = f"""
 import os
+import platform
 import numpy as np, lookstep as ls
 count = lambda: len(os.listdir("{TASKS}"))
 before = count()
@@ -242,3 +245,26 @@ def test_an_optimizer_goes_to_another_process(method):
     seen = queue.get(timeout=120)
     process.join(timeout=60)
     assert seen == run(1, ls.Adam(lr=0.1), steps=2)
+
+
+UPWARD = {"x86_64": 0x800, "AMD64": 0x800, "aarch64": 0x400000}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library is glibc's")
+@pytest.mark.skipif(platform.machine() not in UPWARD, reason="its rounding modes are not known here")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_callers_rounding_mode_is_not_the_steps_and_stays_its_own(threads):
+    libm = ctypes.CDLL("libm.so.6")
+    expected = run(1, ls.Lookahead(ls.AdamW(lr=0.1), sync_period=2))
+    params, grads = leaves(), leaves()
+    opt = ls.Optimizer(params, ls.Lookahead(ls.AdamW(lr=0.1), sync_period=2), threads=threads)
+    upward, nearest = UPWARD[platform.machine()], libm.fegetround()
+    modes = []
+    for _ in range(4):
+        try:
+            libm.fesetround(upward)
+            opt.step(grads)
+            modes.append(libm.fegetround())
+        finally:
+            libm.fesetround(nearest)
+    assert (digest(opt), modes) == (expected, [upward] * 4)

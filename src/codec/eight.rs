@@ -1,6 +1,6 @@
 //! 8 bits a number, and a scale a block.
 
-use super::{BLOCK, Codec, Numbers, Rounding, by_tile, half};
+use super::{BLOCK, Codec, Numbers, Rounding, by_tile, keep_by};
 use crate::element::Element;
 use crate::rule::{LANES, stored};
 use crate::simd::{Level, at};
@@ -22,7 +22,7 @@ pub fn read_8<F: Element>(level: Level, codec: Codec, from: &[u8], scale: f32, i
 
 /// [`read_8`], for the instruction set of the caller.
 #[inline(always)]
-pub fn read_block<F: Element, const SIGNED: bool>(from: &[u8], scale: f32, into: &mut [F]) {
+fn read_block<F: Element, const SIGNED: bool>(from: &[u8], scale: f32, into: &mut [F]) {
     by_tile(
         from,
         into,
@@ -76,7 +76,7 @@ pub fn keep_8<F: Element>(
 
 /// [`keep_8`], for the instruction set of the caller.
 #[inline(always)]
-pub fn keep_block<F: Element, const SIGNED: bool>(
+fn keep_block<F: Element, const SIGNED: bool>(
     rounding: Rounding,
     from: &[F],
     numbers: Numbers,
@@ -98,36 +98,17 @@ pub fn keep_block<F: Element, const SIGNED: bool>(
                 }
             },
         ),
-        Rounding::Stochastic { key, row } if row % 2 == 0 => {
-            keep_random::<F, SIGNED, 0>(key, unit, from, numbers, into);
-        }
-        Rounding::Stochastic { key, .. } => {
-            keep_random::<F, SIGNED, 1>(key, unit, from, numbers, into);
-        }
+        Rounding::Stochastic { key, row } => keep_by(
+            key,
+            row,
+            from,
+            numbers,
+            into,
+            #[inline(always)]
+            |x, half| code::<SIGNED>(x, unit, chance::<SIGNED>(half)),
+        ),
     }
     scale
-}
-
-#[inline(always)]
-fn keep_random<F: Element, const SIGNED: bool, const ROW: usize>(
-    key: u32,
-    unit: f32,
-    from: &[F],
-    numbers: Numbers,
-    into: &mut [u8],
-) {
-    by_tile(
-        from,
-        into,
-        #[inline(always)]
-        |i, from, into| {
-            let words = numbers.words(key, i);
-            for lane in 0..LANES {
-                let chance = chance::<SIGNED>(half(ROW, words[lane]));
-                into[lane] = code::<SIGNED>(from[lane].single(), unit, chance);
-            }
-        },
-    );
 }
 
 /// [`keep_block`] where something is not finite: it keeps the others beside zeroes.

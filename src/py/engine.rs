@@ -11,6 +11,7 @@ use super::array::View;
 use super::group::{CycleSpec, GroupSpec, Hyper, OptionSpec};
 use super::inner::{Counters, Inner, Kind};
 use crate::error::Error;
+use crate::simd::DefaultMode;
 use crate::threads::generation;
 
 /// The compiled half of `Optimizer`: leaves, their state, and the counters that move with them.
@@ -50,6 +51,8 @@ fn from_bits(bits: &AtomicU64) -> Option<f64> {
 struct Held<'a> {
     inner: MutexGuard<'a, Inner>,
     owner: &'a AtomicU64,
+    /// The caller's mode would be one thread's alone, of those that share the work.
+    _mode: DefaultMode,
 }
 
 impl Drop for Held<'_> {
@@ -101,6 +104,7 @@ impl Engine {
         Ok(Held {
             inner,
             owner: &self.owner,
+            _mode: DefaultMode::enter(),
         })
     }
 

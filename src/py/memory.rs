@@ -402,7 +402,7 @@ pub unsafe fn visit<F: Number>(
                 kept.rounding = [0, 2].map(|row| rounding(group, leaf, row));
             }
         }
-        let p = match p_from {
+        let mut p = match p_from {
             Source::Nowhere => Stored::default(),
             // SAFETY: the caller vouches for the numbers.
             Source::Whole => Array::Whole(unsafe { p_place.lend(&range) }),
@@ -443,7 +443,6 @@ pub unsafe fn visit<F: Number>(
         };
         let g = g.map(|array| Gradient { array, factor });
         // What is taken back is lent once more.
-        let mut p = p;
         each(range.clone(), p.again(), g, &mut kept);
         match (p_from, p) {
             (Source::Copy, Array::Whole(p)) if needs.p != Use::Read => {

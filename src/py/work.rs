@@ -61,6 +61,8 @@ pub struct Grads<'a> {
 struct Course<'a> {
     grads: Grads<'a>,
     clip: f64,
+    /// Of each leaf's gradient, where they are to be taken away; nothing where none is.
+    means: Vec<Option<Means>>,
     starting: usize,
     ending: usize,
     /// The innermost cycle's, where it is not each group's own.
@@ -113,18 +115,10 @@ pub struct Hands {
 }
 
 /// The same, for one of them.
+#[derive(Default)]
 pub struct Hand<F> {
     scratch: Option<Box<Scratch<F>>>,
     scalars: Scalars<F>,
-}
-
-impl<F> Default for Hand<F> {
-    fn default() -> Self {
-        Self {
-            scratch: None,
-            scalars: Scalars::default(),
-        }
-    }
 }
 
 /// The number that leaves are computed in, as a type.
@@ -174,10 +168,15 @@ impl All<'_> {
     /// As [`visit`], for all leaves and gradients.
     pub unsafe fn step(&mut self, grads: Grads, clip: f64, starting: usize, ending: usize) {
         // SAFETY: as the caller vouches.
-        let sums = unsafe { self.measured(grads, clip) };
+        let (means, sums) = unsafe {
+            let means = self.means(grads, clip);
+            let sums = self.measured(grads, clip, &means);
+            (means, sums)
+        };
         let course = Course {
             grads,
             clip,
+            means,
             starting,
             ending,
             slow_step: None,
@@ -200,6 +199,7 @@ impl All<'_> {
                 scale: 1.0,
             },
             clip: 1.0,
+            means: Vec::new(),
             starting: 0,
             ending,
             slow_step,
@@ -379,13 +379,16 @@ impl All<'_> {
     }
 
     /// What is measured of each leaf, where any rule asks for it.
-    unsafe fn measured(&self, grads: Grads, clip: f64) -> Vec<[f64; SUMS]> {
+    unsafe fn measured(
+        &self,
+        grads: Grads,
+        clip: f64,
+        means: &[Option<Means>],
+    ) -> Vec<[f64; SUMS]> {
         let measures = |group: &Group| group.single.scope != Scope::None;
         if !self.groups.iter().any(measures) {
             return Vec::new();
         }
-        // SAFETY: as the caller vouches.
-        let means = unsafe { self.means(grads, clip) };
         let has =
             |index: usize| grads.has[index] && measures(&self.groups[self.leaves[index].group()]);
         self.totals(has, |hands, gather, index, range| {
@@ -441,9 +444,6 @@ impl All<'_> {
     }
 
     unsafe fn follow(&mut self, course: &Course) {
-        let Course { grads, clip, .. } = *course;
-        // SAFETY: as the caller vouches.
-        let means = unsafe { self.means(grads, clip) };
         let syncs = Syncs {
             single: self.syncs(course),
             double: self.syncs(course),
@@ -451,14 +451,8 @@ impl All<'_> {
         self.over(|hands, (), index, range| {
             let leaf = &self.leaves[index];
             if !self.groups[leaf.group()].frozen {
-                let means = means.get(index).and_then(Option::as_ref);
                 // SAFETY: as the caller vouches; no two parts have an element in common.
-                unsafe {
-                    as_computed!(
-                        leaf,
-                        self.advance(hands, course, &syncs, means, index, range)
-                    );
-                }
+                unsafe { as_computed!(leaf, self.advance(hands, course, &syncs, index, range)) }
             }
         });
         self.count(course);
@@ -469,7 +463,6 @@ impl All<'_> {
         hands: &mut Hands,
         course: &Course,
         syncs: &Syncs,
-        means: Option<&Means>,
         index: usize,
         part: Range<usize>,
     ) {
@@ -506,7 +499,7 @@ impl All<'_> {
             },
             g: moved.then(|| Prepared {
                 prepare: self.prepare(group, course.grads, course.clip),
-                means,
+                means: course.means.get(index).and_then(Option::as_ref),
             }),
             piece: if step.passes() { SEVERAL } else { usize::MAX },
             raw: step.raw(),
@@ -522,23 +515,19 @@ impl All<'_> {
     fn count(&mut self, course: &Course) {
         let mut hands = Hands::default();
         let mut shared = *self.carry;
+        let mut ending = self.cycles.0[..course.ending].iter();
+        let resets = ending.any(|cycle| cycle.inner_state == InnerState::Reset);
         for index in 0..self.leaves.len() {
             let leaf = &self.leaves[index];
             let group = &self.groups[leaf.group()];
             if group.frozen {
                 continue;
             }
-            let moved = course.grads.has[index];
-            let own = self.cycles.0[..course.ending].iter();
-            let resets = own
-                .clone()
-                .any(|cycle| cycle.inner_state == InnerState::Reset);
-            let mut carried = None;
-            if moved && !group.single.carry.is_empty() {
-                let sums = course.sums(group.single.scope, index);
-                carried = Some(as_computed!(leaf, self.carried(&mut hands, leaf, sums)));
-            }
-            let scope = group.single.scope;
+            let (moved, scope) = (course.grads.has[index], group.single.scope);
+            let carried = (moved && !group.single.carry.is_empty()).then(|| {
+                let sums = course.sums(scope, index);
+                as_computed!(leaf, self.carried(&mut hands, leaf, sums))
+            });
             let leaf = &mut self.leaves[index];
             leaf.steps += u64::from(moved);
             match (carried, scope) {
@@ -612,21 +601,12 @@ impl All<'_> {
 }
 
 /// The scalars of a leaf's next step; formed once for all leaves that have the same.
+#[derive(Default)]
 struct Scalars<F> {
     key: Option<(usize, u64, [f64; CARRY], [f64; SUMS])>,
     values: Vec<F>,
     /// What the step carries to the next.
     carry: [f64; CARRY],
-}
-
-impl<F> Default for Scalars<F> {
-    fn default() -> Self {
-        Self {
-            key: None,
-            values: Vec::new(),
-            carry: [0.0; CARRY],
-        }
-    }
 }
 
 impl<F: Number> Scalars<F> {
