@@ -58,8 +58,8 @@ def numbers(count, prefix, kind):
     return sum(count[prefix, kind, register] * bytes_ // SIZES[kind] for register, (bytes_, _) in LEVELS.items())
 
 
-# `All::advance` is host code beside the kernels. Doubles of the baseline are left out: the host computes with them alone,
-# one by one, and rightly so.
+# `All::advance` is host code beside the kernels. Doubles of the baseline are left out: the host computes with them one
+# by one, and rightly so.
 ALONE = {"sse-s": ("", "s", ["All::advance"]), "avx-s": ("v", "s", []), "avx-d": ("v", "d", [])}
 
 
