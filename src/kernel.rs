@@ -12,7 +12,7 @@ use crate::array::{Array, FEW, Given, Stored, padded};
 use crate::codec::{Numbers, Rounding, either_bf16, half, nearest_bf16};
 use crate::element::{Element, to_bf16};
 use crate::gradient::Factor;
-use crate::lookahead::{Blend, Phase};
+use crate::lookahead::{Blend, Phase, from_fast, from_slow};
 use crate::reduce::Sums;
 pub use crate::rule::LANES;
 use crate::rule::{self, CARRY, SUMS, Scope, Source, Update};
@@ -170,18 +170,28 @@ impl<F: Element> Kernel<F> {
                 let scalars = R::scalars(hyper, t, carry, sums);
                 scalars.into_iter().map(F::round).collect()
             },
-            step: |level, phase, c, p, g, kept| match phase {
-                Phase::Plain => {
-                    let finish = |_, fast, slow| (fast, slow);
-                    at!(level, tiles::<F, R, K, N, false>(c, p, g, kept, finish));
+            step: |level, phase, c, p, g, kept| {
+                // A loop for each form of the sync: a condition would be looked at for each element.
+                match phase {
+                    Phase::Plain | Phase::Sync(Blend::Stay) => {
+                        let finish = |_, fast, slow| (fast, slow);
+                        at!(level, tiles::<F, R, K, N, false>(c, p, g, kept, finish));
+                    }
+                    Phase::Start => {
+                        let finish = |before, fast, _| (fast, before);
+                        at!(level, tiles::<F, R, K, N, true>(c, p, g, kept, finish));
+                    }
+                    Phase::Sync(Blend::FromSlow(part)) => {
+                        let finish = move |_, fast, slow| (from_slow(part, fast, slow), slow);
+                        at!(level, tiles::<F, R, K, N, true>(c, p, g, kept, finish));
+                    }
+                    Phase::Sync(Blend::FromFast(part)) => {
+                        let finish = move |_, fast, slow| (from_fast(part, fast, slow), slow);
+                        at!(level, tiles::<F, R, K, N, true>(c, p, g, kept, finish));
+                    }
                 }
-                Phase::Start => {
-                    let finish = |before, fast, _| (fast, before);
-                    at!(level, tiles::<F, R, K, N, true>(c, p, g, kept, finish));
-                }
-                Phase::Sync(blend) => {
-                    let finish = move |_, fast, slow| (blend.of(fast, slow), slow);
-                    at!(level, tiles::<F, R, K, N, true>(c, p, g, kept, finish));
+                if phase == Phase::Sync(Blend::Stay) {
+                    p.copy_from_slice(kept.slow);
                 }
             },
             raw: |level, c, p, g, kept| at!(level, raw::<F, R, K, N>(c, p, g, kept)),

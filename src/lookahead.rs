@@ -129,38 +129,50 @@ fn ends(outer: &[Cycle]) -> usize {
 
 /// Slow weights' move toward fast ones, in the form that is exact at both ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Blend<F> {
-    /// Whether it starts from the fast ones, which are nearer.
-    from_fast: bool,
-    /// The fraction of the way from there; negative from fast ones.
-    part: F,
+pub enum Blend<F> {
+    /// They stay.
+    Stay,
+    /// This part of the way, from the slow weights.
+    FromSlow(F),
+    /// This part of the way back, from the fast weights.
+    FromFast(F),
 }
 
 impl<F: Float> Blend<F> {
     /// The arithmetic for `slow_step` in [0, 1]; none at 1, where fast weights stay.
     #[must_use]
     pub fn new(slow_step: f64) -> Option<Self> {
-        let from_fast = slow_step >= 0.5;
-        let part = if from_fast {
-            slow_step - 1.0
-        } else {
-            slow_step
-        };
-        (slow_step < 1.0).then(|| Self {
-            from_fast,
-            part: F::round(part),
-        })
+        let (part, rest) = (F::round(slow_step), F::round(1.0 - slow_step));
+        match slow_step {
+            1.0.. => None,
+            0.5.. => Some(Self::FromFast(rest)),
+            _ if part == F::default() => Some(Self::Stay),
+            _ => Some(Self::FromSlow(part)),
+        }
     }
 
-    /// Where a pair meets; at 0 that is slow, also where fast is not finite.
+    /// Where a pair meets; where slow weights stay, fast ones need not be finite.
     #[must_use]
     #[inline(always)]
     pub fn of(self, fast: F, slow: F) -> F {
-        let nearer = select(slow, fast, self.from_fast);
-        // To add minus zero changes nothing.
-        let way = select(fast - slow, -F::default(), self.part == F::default());
-        nearer + self.part * way
+        match self {
+            Self::Stay => slow,
+            Self::FromSlow(part) => from_slow(part, fast, slow),
+            Self::FromFast(part) => from_fast(part, fast, slow),
+        }
     }
+}
+
+/// [`Blend::FromSlow`].
+#[inline(always)]
+pub fn from_slow<F: Float>(part: F, fast: F, slow: F) -> F {
+    slow + part * (fast - slow)
+}
+
+/// [`Blend::FromFast`].
+#[inline(always)]
+pub fn from_fast<F: Float>(part: F, fast: F, slow: F) -> F {
+    fast - (fast - slow) * part
 }
 
 /// A sync with momentum `u`.

@@ -1,8 +1,9 @@
 //! An update rule as one text: compiled for `f32` and `f64`, and kept as the WGSL of the same lines.
 //!
-//! A body is element-wise: `let`, assignment to `p` and the state, `if`/`else`, `+ - * /`, comparisons, float literals
-//! with a point, and the builtins below, which bear WGSL's names (`finite` stands in the shader too). Whatever depends on
-//! the step alone is a scalar. There is no `fma`: plain products and sums make every instruction set agree bit for bit.
+//! A body is element-wise: `let`, assignment to `p` and the state, `if`/`else`, `+ - * /`, comparisons, `&&`, float
+//! literals with a point, and the builtins below, which bear WGSL's names (`finite` stands in the shader too). Whatever
+//! depends on the step alone is a scalar. There is no `fma`: plain products and sums make every instruction set agree bit
+//! for bit.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
@@ -210,7 +211,7 @@ macro_rules! rule {
                             scalars, p[lane], g[lane], [$($s[lane]),*]);
                         (p[lane], slow[lane]) = finish(p[lane], after, slow[lane]);
                         let mut k = 0;
-                        $($s[lane] = crate::rule::stored(state[k]); k += 1;)*
+                        $($s[lane] = crate::rule::stored_as(stringify!($s), state[k]); k += 1;)*
                     }
                 }
                 let [$($s),*] = state;
@@ -275,7 +276,7 @@ macro_rules! rule {
                     for lane in 0..crate::rule::LANES {
                         let (state, [a, b]) = element(scalars, p[lane], g[lane], [$($s[lane]),*]);
                         let mut k = 0;
-                        $($s[lane] = crate::rule::stored(state[k]); k += 1;)*
+                        $($s[lane] = crate::rule::stored_as(stringify!($s), state[k]); k += 1;)*
                         first[lane] += a;
                         second[lane] += b;
                     }
@@ -437,6 +438,23 @@ pub fn stored<F: Float>(x: F) -> F {
     } else {
         x
     }
+}
+
+/// [`stored`], of the state array `name`.
+#[inline(always)]
+pub fn stored_as<F: Float>(name: &str, x: F) -> F {
+    if is_never_negative(name) {
+        if x < F::MIN_POSITIVE { F::default() } else { x }
+    } else {
+        stored(x)
+    }
+}
+
+/// Whether a state array holds squares or infinity norms: these are named v and u everywhere.
+#[must_use]
+#[inline(always)]
+pub const fn is_never_negative(name: &str) -> bool {
+    matches!(name.as_bytes(), [b'u' | b'v', ..])
 }
 
 /// `1 - b^t`, the bias correction of an average with decay `b`, without the cancellation. From `libm`, because a

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::kernel::{Kernel, LINE, PEELED};
 use crate::leaf::Leaf;
 use crate::lookahead::{Cycle, Cycles, InnerState, Outer};
-use crate::rule::{CARRY, SUMS};
+use crate::rule::{CARRY, SUMS, is_never_negative};
 use crate::rules::Compute;
 use crate::step::Rows;
 
@@ -197,8 +197,7 @@ impl GroupSpec {
         let codec = |name: &&str| match fewer {
             None => Codec::Whole,
             Some(Fewer::BFloat16) => Codec::BFloat16,
-            // Squares and infinity norms are never negative; they are named v and u everywhere.
-            Some(Fewer::Int8) if name.starts_with(['v', 'u']) => Codec::Unsigned8,
+            Some(Fewer::Int8) if is_never_negative(name) => Codec::Unsigned8,
             Some(Fewer::Int8) => Codec::Signed8,
         };
         Ok(Group {

@@ -22,6 +22,6 @@ rule!(
         m = b1 * m + a1 * g;
         v = finite(b2 * v + a2 * (surprise * surprise) + eps);
         let z = sqrt(v) * root + eps;
-        p = keep * p - select(size * m / z, 0.0, z == 0.0);
+        p = keep * p - select(size * m / z, 0.0, eps == 0.0 && z == 0.0);
     },
 );
