@@ -13,7 +13,7 @@ use pyo3::types::PyWeakrefReference;
 use crate::array::{Array, Stored};
 use crate::codec::{self, Codec, Numbers, Rounding, keep_8, keep_bf16, mix, read_8, read_bf16};
 use crate::element::{Dtype, Element, adopt};
-use crate::gradient::{Means, Prepare};
+use crate::gradient::{Factor, Means, Prepare};
 use crate::kernel::{Gradient, Kept, LINE, MAX_STATE};
 use crate::leaf::{Leaf, Place};
 use crate::simd::Level;
@@ -253,6 +253,33 @@ impl<F: Element> Scratch<F> {
     }
 }
 
+/// Room for the copies of a piece; empty, where none are made.
+struct Copies<'t, F> {
+    bits: &'t mut [u16],
+    p: &'t mut [F],
+    g: &'t mut [F],
+    state: [&'t mut [F]; MAX_STATE],
+}
+
+impl<'t, F> Copies<'t, F> {
+    fn of(scratch: Option<&'t mut Scratch<F>>, len: usize) -> Self {
+        match scratch {
+            Some(scratch) => Self {
+                bits: &mut scratch.bits[..len],
+                p: &mut scratch.p[..len],
+                g: &mut scratch.g[..len],
+                state: scratch.state.each_mut().map(|state| &mut state[..len]),
+            },
+            None => Self {
+                bits: &mut [],
+                p: &mut [],
+                g: &mut [],
+                state: Default::default(),
+            },
+        }
+    }
+}
+
 /// Where numbers are lent from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
@@ -282,10 +309,6 @@ impl Source {
 /// # Safety
 /// The caller must have these elements and their rows in the arena to itself; the places of the leaf, and of its gradient
 /// where that is needed, must hold live numbers of their formats, and share none with each other or the arena.
-#[allow(
-    clippy::too_many_lines,
-    reason = "lending and taking back, side by side"
-)]
 pub unsafe fn visit<F: Number>(
     arena: &Arena,
     group: &Group,
@@ -293,181 +316,302 @@ pub unsafe fn visit<F: Number>(
     part: Range<usize>,
     needs: Needs,
     scratch: &mut Option<Box<Scratch<F>>>,
-    mut each: impl FnMut(Range<usize>, Stored<F>, Option<Gradient<F>>, &mut Kept<F>),
+    each: impl FnMut(Range<usize>, Stored<F>, Option<Gradient<F>>, &mut Kept<F>),
 ) {
-    let level = Level::best();
-    let (p_place, g_place) = (leaf.p(), leaf.g());
-    let (dtype, g_dtype) = (leaf.dtype(), leaf.g_dtype());
-    let states = F::kernel(group).state.len();
-    let master = group.rows.master.filter(|_| dtype.is_narrow());
-    let p_from = match (needs.p, master) {
-        (Use::Nothing, _) => Source::Nowhere,
-        (Use::Master, Some(row)) => Source::Master(row),
-        _ => Source::place::<F>(&p_place, dtype, needs.raw.p),
-    };
-    let mut factor = None;
-    let g_from = match needs.g {
-        None => Source::Nowhere,
-        Some(Prepared { means: Some(_), .. }) => Source::Copy,
-        Some(Prepared { prepare, .. }) if prepare == Prepare::NOTHING => {
-            Source::place::<F>(&g_place, g_dtype, needs.raw.g)
+    let visit = Visit::new(arena, group, leaf, needs);
+    // SAFETY: as the caller vouches.
+    unsafe {
+        if visit.is_whole() {
+            visit.whole(part, each);
+        } else {
+            visit.any(part, scratch, each);
         }
-        Some(Prepared { prepare, .. }) => {
-            factor = prepare.factor::<F>().filter(|_| needs.raw.g);
-            match factor {
-                Some(_) => Source::place::<F>(&g_place, g_dtype, true),
-                None => Source::Copy,
-            }
-        }
-    };
-    if g_from == Source::Copy {
-        factor = None;
     }
-    let fewer = group.fewer.filter(|_| F::DTYPE == Dtype::F32);
-    let coded = fewer.filter(|_| matches!(needs.rows, Use::Read | Use::Write));
-    let is_own = |from| matches!(from, Source::Nowhere | Source::Whole);
-    if fewer.is_none() && is_own(p_from) && is_own(g_from) {
-        // Most leaves are lent as they are: that is to take no time.
-        let (first, stride, count) = group.whole_rows(leaf);
-        let count = if needs.rows == Use::Nothing { 0 } else { count };
-        let mut start = part.start;
-        while start < part.end {
-            let range = start..part.end.min(start.saturating_add(needs.piece));
-            start = range.end;
-            let mut kept = Kept::new(states);
+}
+
+/// A leaf, and where its numbers are lent from.
+struct Visit<'a, F> {
+    arena: &'a Arena,
+    group: &'a Group,
+    leaf: &'a Leaf,
+    needs: Needs<'a>,
+    /// How many rows are the rule's.
+    states: usize,
+    p: Source,
+    g: Source,
+    /// What is left to the kernel to do to gradients.
+    factor: Option<Factor<F>>,
+    /// What rows are in that are not whole, where they are asked for.
+    coded: Option<Fewer>,
+}
+
+impl<'a, F: Number> Visit<'a, F> {
+    #[inline]
+    fn new(arena: &'a Arena, group: &'a Group, leaf: &'a Leaf, needs: Needs<'a>) -> Self {
+        let master = group.rows.master.filter(|_| leaf.dtype().is_narrow());
+        let p = match (needs.p, master) {
+            (Use::Nothing, _) => Source::Nowhere,
+            (Use::Master, Some(row)) => Source::Master(row),
+            _ => Source::place::<F>(&leaf.p(), leaf.dtype(), needs.raw.p),
+        };
+        let place = |raw| Source::place::<F>(&leaf.g(), leaf.g_dtype(), raw);
+        let (g, factor) = match needs.g {
+            None => (Source::Nowhere, None),
+            Some(Prepared { means: Some(_), .. }) => (Source::Copy, None),
+            Some(Prepared { prepare, .. }) if prepare == Prepare::NOTHING => {
+                (place(needs.raw.g), None)
+            }
+            Some(Prepared { prepare, .. }) => match prepare.factor::<F>().filter(|_| needs.raw.g) {
+                factor @ Some(_) => match place(true) {
+                    Source::Copy => (Source::Copy, None),
+                    lent => (lent, factor),
+                },
+                None => (Source::Copy, None),
+            },
+        };
+        let coded = group
+            .fewer
+            .filter(|_| F::DTYPE == Dtype::F32 && matches!(needs.rows, Use::Read | Use::Write));
+        Self {
+            arena,
+            group,
+            leaf,
+            needs,
+            states: F::kernel(group).state.len(),
+            p,
+            g,
+            factor,
+            coded,
+        }
+    }
+
+    /// Whether all numbers are lent where they are, as most leaves' are.
+    #[inline]
+    fn is_whole(&self) -> bool {
+        let is_own = |from| matches!(from, Source::Nowhere | Source::Whole);
+        let fewer = self.group.fewer.filter(|_| F::DTYPE == Dtype::F32);
+        fewer.is_none() && is_own(self.p) && is_own(self.g)
+    }
+
+    /// Lends numbers where they are: that is to take no time.
+    ///
+    /// # Safety
+    /// As [`visit`]; all must be whole.
+    #[inline]
+    unsafe fn whole(
+        &self,
+        part: Range<usize>,
+        mut each: impl FnMut(Range<usize>, Stored<F>, Option<Gradient<F>>, &mut Kept<F>),
+    ) {
+        let (p_place, g_place) = (self.leaf.p(), self.leaf.g());
+        let (first, stride, count) = self.group.whole_rows(self.leaf);
+        let count = if self.needs.rows == Use::Nothing {
+            0
+        } else {
+            count
+        };
+        for range in pieces(part, self.needs.piece) {
+            let mut kept = Kept::new(self.states);
             for row in 0..count {
+                let byte = first + row * stride;
                 // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
-                let array = unsafe { arena.lend(first + row * stride, range.start, range.len()) };
+                let array = unsafe { self.arena.lend(byte, range.start, range.len()) };
                 kept.push(row, Array::Whole(array));
             }
             let mut p = Stored::default();
-            if p_from == Source::Whole {
+            if self.p == Source::Whole {
                 // SAFETY: the caller vouches for the numbers.
                 p = Array::Whole(unsafe { p_place.lend(&range) });
             }
-            let g = (g_from == Source::Whole).then(|| {
+            let g = (self.g == Source::Whole).then(|| {
                 // SAFETY: as above; it is only read.
                 let array = Array::Whole(&*unsafe { g_place.lend(&range) });
-                Gradient { array, factor }
+                Gradient {
+                    array,
+                    factor: self.factor,
+                }
             });
             each(range, p, g, &mut kept);
         }
-        return;
     }
-    let halves = needs.raw.state && coded == Some(Fewer::BFloat16) && leaf.form.logical.is_none();
-    let copies = p_from == Source::Copy || g_from == Source::Copy || coded.is_some() && !halves;
-    let mut scratch = (copies || matches!(p_from, Source::Master(_)))
-        .then(|| scratch.get_or_insert_with(|| Box::new(Scratch::new())));
-    let piece = if scratch.is_some() {
-        BLOCK
-    } else {
-        needs.piece
-    };
-    let mut start = part.start;
-    while start < part.end {
-        let range = start..part.end.min(start.saturating_add(piece));
-        start = range.end;
-        let len = range.len();
-        let (mut bits, mut p_copy, mut g_copy, mut state_copies) = (None, None, None, None);
-        if let Some(scratch) = &mut scratch {
-            bits = Some(&mut scratch.bits[..len]);
-            p_copy = Some(&mut scratch.p[..len]);
-            g_copy = Some(&mut scratch.g[..len]);
-            state_copies = Some(&mut scratch.state);
-        }
-        let mut kept = Kept::new(states);
-        kept.first = range.start as u64;
-        if needs.rows != Use::Nothing {
-            let mut copies = state_copies.into_iter().flatten();
-            for (index, row) in group.rows(leaf).enumerate() {
-                let copy = (index < states).then(|| copies.next()).flatten();
-                let array = match row.codec {
-                    Codec::Whole => {
-                        // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
-                        Array::Whole(unsafe { arena.lend(row.codes, range.start, len) })
-                    }
-                    _ if coded.is_none() => continue,
-                    // SAFETY: as above.
-                    _ if halves => Array::Half(unsafe { arena.lend(row.codes, range.start, len) }),
-                    _ => {
-                        let copy = &mut copy.expect("only state is coded")[..len];
-                        // SAFETY: as above.
-                        unsafe { read(level, arena, row, range.start, copy) };
-                        Array::Whole(copy)
-                    }
-                };
-                kept.push(index, array);
-            }
-            if halves {
-                kept.rounding = [0, 2].map(|row| rounding(group, leaf, row));
-            }
-        }
-        let mut p = match p_from {
-            Source::Nowhere => Stored::default(),
-            // SAFETY: the caller vouches for the numbers.
-            Source::Whole => Array::Whole(unsafe { p_place.lend(&range) }),
-            // SAFETY: as above.
-            Source::Half => Array::Half(unsafe { p_place.lend(&range) }),
-            Source::Master(row) => {
-                let bits = bits.as_deref_mut().expect("there is a scratch");
-                let master = take(kept.row(row));
-                // SAFETY: as the caller vouches.
-                unsafe { p_place.gather(range.clone(), bits) };
-                adopt(level, dtype, bits, master);
-                Array::Whole(master)
-            }
-            Source::Copy => {
-                let copy = p_copy.expect("there is a scratch");
-                // SAFETY: as the caller vouches.
-                unsafe { p_place.load(dtype, range.clone(), copy) };
-                Array::Whole(copy)
-            }
-        };
-        let g = match g_from {
-            Source::Nowhere | Source::Master(_) => None,
-            // SAFETY: as above; it is only read.
-            Source::Whole => Some(Array::Whole(&*unsafe { g_place.lend(&range) })),
-            // SAFETY: as above.
-            Source::Half => Some(Array::Half(&*unsafe { g_place.lend(&range) })),
-            Source::Copy => {
-                let prepared = needs.g.expect("asked for");
-                let copy = g_copy.expect("there is a scratch");
-                // SAFETY: as the caller vouches.
-                unsafe { g_place.load(g_dtype, range.clone(), copy) };
-                prepared.prepare.apply(level, copy);
-                if let Some(means) = prepared.means {
-                    means.subtract(range.start, copy);
+
+    /// Lends numbers where they are or as copies, which are taken back.
+    ///
+    /// # Safety
+    /// As [`visit`].
+    unsafe fn any(
+        &self,
+        part: Range<usize>,
+        scratch: &mut Option<Box<Scratch<F>>>,
+        mut each: impl FnMut(Range<usize>, Stored<F>, Option<Gradient<F>>, &mut Kept<F>),
+    ) {
+        // The kernel makes random bits by the order of memory, which has to be the leaf's.
+        let halves = self.needs.raw.state
+            && self.coded == Some(Fewer::BFloat16)
+            && self.leaf.form.logical.is_none();
+        let copies_state = self.coded.is_some() && !halves;
+        let copies = copies_state
+            || matches!(self.p, Source::Copy | Source::Master(_))
+            || self.g == Source::Copy;
+        let mut scratch =
+            copies.then(|| &mut **scratch.get_or_insert_with(|| Box::new(Scratch::new())));
+        let piece = if copies { BLOCK } else { self.needs.piece };
+        for range in pieces(part, piece) {
+            let mut kept = Kept::new(self.states);
+            let mut copy = Copies::of(scratch.as_deref_mut(), range.len());
+            // SAFETY: as the caller vouches.
+            unsafe {
+                self.lend_rows(&range, halves, &mut copy, &mut kept);
+                let mut p = self.lend_p(&range, &mut copy, &mut kept);
+                let g = self.lend_g(&range, &mut copy);
+                each(range.clone(), p.again(), g, &mut kept);
+                self.take_p(&range, p, &mut copy);
+                if self.needs.rows == Use::Write && copies_state {
+                    self.take_rows(&range, &mut kept);
                 }
-                Some(Array::Whole(&*copy))
+            }
+        }
+    }
+
+    /// Lends rows; the rule's in bfloat16, where they may be `halves`.
+    unsafe fn lend_rows<'t>(
+        &self,
+        range: &Range<usize>,
+        halves: bool,
+        copy: &mut Copies<'t, F>,
+        kept: &mut Kept<'t, F>,
+    ) {
+        let (start, len) = (range.start, range.len());
+        kept.first = start as u64;
+        if self.needs.rows == Use::Nothing {
+            return;
+        }
+        for (index, row) in self.group.rows(self.leaf).enumerate() {
+            let array = match row.codec {
+                // SAFETY: the rows of a leaf are apart, and the caller has them to itself.
+                Codec::Whole => Array::Whole(unsafe { self.arena.lend(row.codes, start, len) }),
+                _ if self.coded.is_none() => continue,
+                // SAFETY: as above.
+                _ if halves => Array::Half(unsafe { self.arena.lend(row.codes, start, len) }),
+                _ => {
+                    let state = take(&mut copy.state[index]);
+                    // SAFETY: as above.
+                    unsafe { read(Level::best(), self.arena, row, start, state) };
+                    Array::Whole(state)
+                }
+            };
+            kept.push(index, array);
+        }
+        if halves {
+            kept.rounding = [0, 2].map(|row| rounding(self.group, self.leaf, row));
+        }
+    }
+
+    unsafe fn lend_p<'t>(
+        &self,
+        range: &Range<usize>,
+        copy: &mut Copies<'t, F>,
+        kept: &mut Kept<'t, F>,
+    ) -> Stored<'t, F> {
+        let (place, dtype) = (self.leaf.p(), self.leaf.dtype());
+        // SAFETY: the caller vouches for the numbers.
+        unsafe {
+            match self.p {
+                Source::Nowhere => Stored::default(),
+                Source::Whole => Array::Whole(place.lend(range)),
+                Source::Half => Array::Half(place.lend(range)),
+                Source::Master(row) => {
+                    let master = take(kept.row(row));
+                    place.gather(range.clone(), copy.bits);
+                    adopt(Level::best(), dtype, copy.bits, master);
+                    Array::Whole(master)
+                }
+                Source::Copy => {
+                    let p = take(&mut copy.p);
+                    place.load(dtype, range.clone(), p);
+                    Array::Whole(p)
+                }
+            }
+        }
+    }
+
+    unsafe fn lend_g<'t>(
+        &self,
+        range: &Range<usize>,
+        copy: &mut Copies<'t, F>,
+    ) -> Option<Gradient<'t, F>> {
+        let place = self.leaf.g();
+        // SAFETY: the caller vouches for the numbers, which are only read.
+        let array = unsafe {
+            match self.g {
+                Source::Nowhere | Source::Master(_) => return None,
+                Source::Whole => Array::Whole(&*place.lend(range)),
+                Source::Half => Array::Half(&*place.lend(range)),
+                Source::Copy => {
+                    let prepared = self.needs.g.expect("asked for");
+                    let g = take(&mut copy.g);
+                    place.load(self.leaf.g_dtype(), range.clone(), g);
+                    prepared.prepare.apply(Level::best(), g);
+                    if let Some(means) = prepared.means {
+                        means.subtract(range.start, g);
+                    }
+                    Array::Whole(&*g)
+                }
             }
         };
-        let g = g.map(|array| Gradient { array, factor });
-        // What is taken back is lent once more.
-        each(range.clone(), p.again(), g, &mut kept);
-        match (p_from, p) {
-            (Source::Copy, Array::Whole(p)) if needs.p != Use::Read => {
+        Some(Gradient {
+            array,
+            factor: self.factor,
+        })
+    }
+
+    unsafe fn take_p(&self, range: &Range<usize>, p: Stored<F>, copy: &mut Copies<F>) {
+        let (place, dtype) = (self.leaf.p(), self.leaf.dtype());
+        match (self.p, p) {
+            (Source::Copy, Array::Whole(p)) if self.needs.p != Use::Read => {
                 // SAFETY: as the caller vouches.
-                unsafe { p_place.store(dtype, range.clone(), p) };
+                unsafe { place.store(dtype, range.clone(), p) };
             }
             (Source::Master(_), Array::Whole(master)) => {
-                let bits = bits.expect("there is a scratch");
-                F::narrow(level, dtype, master, bits);
+                F::narrow(Level::best(), dtype, master, copy.bits);
                 // SAFETY: as the caller vouches.
-                unsafe { p_place.scatter(range.clone(), bits) };
+                unsafe { place.scatter(range.clone(), copy.bits) };
             }
             _ => {}
         }
-        if needs.rows == Use::Write && coded.is_some() && !halves {
-            for (index, row) in group.rows(leaf).enumerate().take(states) {
-                if row.codec != Codec::Whole {
-                    let rounding = rounding(group, leaf, index);
-                    let from = kept.row(index);
-                    // SAFETY: as above; what was read was a copy.
-                    unsafe { keep(level, arena, row, leaf, rounding, range.start, from) };
-                }
+    }
+
+    unsafe fn take_rows(&self, range: &Range<usize>, kept: &mut Kept<F>) {
+        for (index, row) in self.group.rows(self.leaf).enumerate().take(self.states) {
+            if row.codec != Codec::Whole {
+                let rounding = rounding(self.group, self.leaf, index);
+                let (start, from) = (range.start, kept.row(index));
+                // SAFETY: as the caller vouches; what was read was a copy.
+                unsafe {
+                    keep(
+                        Level::best(),
+                        self.arena,
+                        row,
+                        self.leaf,
+                        rounding,
+                        start,
+                        from,
+                    );
+                };
             }
         }
     }
+}
+
+/// A part in pieces of so many elements.
+#[inline]
+fn pieces(part: Range<usize>, piece: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut start = part.start;
+    std::iter::from_fn(move || {
+        let range = start..part.end.min(start.saturating_add(piece));
+        start = range.end;
+        (!range.is_empty()).then_some(range)
+    })
 }
 
 /// How a state array is rounded in this step.
