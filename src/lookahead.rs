@@ -143,12 +143,14 @@ impl<F: Float> Blend<F> {
     #[must_use]
     pub fn new(slow_step: f64) -> Option<Self> {
         let (part, rest) = (F::round(slow_step), F::round(1.0 - slow_step));
-        match slow_step {
-            1.0.. => None,
-            0.5.. => Some(Self::FromFast(rest)),
-            _ if part == F::default() => Some(Self::Stay),
-            _ => Some(Self::FromSlow(part)),
-        }
+        let blend = if part == F::default() {
+            Self::Stay
+        } else if part < rest {
+            Self::FromSlow(part)
+        } else {
+            Self::FromFast(rest)
+        };
+        (slow_step < 1.0).then_some(blend)
     }
 
     /// Where a pair meets; where slow weights stay, fast ones need not be finite.

@@ -26,7 +26,11 @@ impl Sums {
     /// Adds squares to the first sum, of numbers in some `unit`. But for the last, runs have to be whole tiles, so that an
     /// element's lane does not depend on how an array is cut.
     pub fn add_squares<F: Element>(&mut self, level: Level, x: &[F], unit: f64) {
-        at!(level, squares(&mut self.lanes[0], x, unit));
+        let lanes = &mut self.lanes[0];
+        match unit {
+            1.0 => at!(level, squares(lanes, x, |x| x)),
+            _ => at!(level, squares(lanes, x, |x| x * unit)),
+        }
     }
 
     /// Adds what `of` gives for each of `n` elements; as [`Self::add_squares`].
@@ -55,16 +59,16 @@ impl Sums {
 }
 
 #[inline(always)]
-fn squares<F: Element>(lanes: &mut [f64; LANES], x: &[F], unit: f64) {
+fn squares<F: Element>(lanes: &mut [f64; LANES], x: &[F], of: impl Fn(f64) -> f64) {
     let (tiles, end) = x.as_chunks::<LANES>();
     for tile in tiles {
         for lane in 0..LANES {
-            let x = tile[lane].widened() * unit;
+            let x = of(tile[lane].widened());
             lanes[lane] += x * x;
         }
     }
     for (sum, x) in lanes.iter_mut().zip(end) {
-        let x = x.widened() * unit;
+        let x = of(x.widened());
         *sum += x * x;
     }
 }
