@@ -140,6 +140,12 @@ pub struct Kernel<F> {
     pub carry: &'static [&'static str],
     /// [`Source::SCOPE`].
     pub scope: Scope,
+    /// [`Source::SCALARS`].
+    pub names: &'static [&'static str],
+    /// [`Source::BODY`].
+    pub body: &'static str,
+    /// [`Source::EVALUATE`].
+    pub evaluated: &'static str,
     /// [`Source::scalars`], each rounded once.
     pub scalars: Scalars<F>,
     /// Moves a run of elements.
@@ -166,6 +172,9 @@ impl<F: Element> Kernel<F> {
             weights: R::WEIGHTS,
             carry: R::CARRY,
             scope: R::SCOPE,
+            names: R::SCALARS,
+            body: R::BODY,
+            evaluated: R::EVALUATE,
             scalars: |hyper, t, carry, sums| {
                 let scalars = R::scalars(hyper, t, carry, sums);
                 scalars.into_iter().map(F::round).collect()

@@ -23,6 +23,7 @@ mod engine;
 mod group;
 mod inner;
 mod memory;
+mod shader;
 mod work;
 
 use std::collections::HashMap;
@@ -74,5 +75,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<engine::Engine>()?;
     module.add_class::<engine::SlowWeights>()?;
-    module.add_function(wrap_pyfunction!(described, module)?)
+    module.add_function(wrap_pyfunction!(described, module)?)?;
+    module.add_function(wrap_pyfunction!(shader::decide, module)?)?;
+    module.add_function(wrap_pyfunction!(shader::layout, module)?)?;
+    module.add_function(wrap_pyfunction!(shader::shader, module)?)?;
+    module.add_function(wrap_pyfunction!(shader::foresee, module)?)
 }

@@ -69,6 +69,8 @@ pub trait Source {
     const EVALUATES: bool;
     /// The update as WGSL.
     const BODY: &'static str;
+    /// The weight to evaluate as WGSL; empty, where it is the parameter.
+    const EVALUATE: &'static str;
     /// The scalars of step `t`, which counts from 1; `hyper` is in the order of [`Self::HYPER`], `carry` is moved, and
     /// `sums` are zero where they are yet to be measured.
     fn scalars(hyper: &[f64], t: f64, carry: &mut [f64; CARRY], sums: [f64; SUMS]) -> Vec<f64>;
@@ -123,7 +125,7 @@ macro_rules! rule {
         pub struct $name;
 
         crate::rule::rule!(@source $name, $h, ($($s,)* $($($w,)*)?), ($($($w),*)?), [$($c)?], $t, $k,
-            [$($scope $sums)?], $body, [$($ep)?]);
+            [$($scope $sums)?], $body, [$($ep $evaluate)?]);
         crate::rule::rule!(@update f32, $name, $h, $k, ($($s,)* $($($w,)*)?), $p, $g, $body);
         crate::rule::rule!(@update f64, $name, $h, $k, ($($s,)* $($($w,)*)?), $p, $g, $body);
         crate::rule::rule!(@measure f32, $name, $h, $k, ($($s,)* $($($w,)*)?), [$($sums $mp $mg $measure)?]);
@@ -136,7 +138,7 @@ macro_rules! rule {
     (@scope All) => { crate::rule::Scope::All };
     (
         @source $name:ident, ($($h:ident),*), ($($s:ident),* $(,)?), ($($w:ident),*), [$(($($c:ident),*))?],
-        $t:ident, ($($k:ident = $e:expr),* $(,)?), [$($scope:ident ($a:ident, $b:ident))?], $body:block, [$($ep:ident)?]
+        $t:ident, ($($k:ident = $e:expr),* $(,)?), [$($scope:ident ($a:ident, $b:ident))?], $body:block, [$($ep:ident $evaluate:expr)?]
     ) => {
         impl crate::rule::Source for $name {
             const NAME: &'static str = stringify!($name);
@@ -148,6 +150,7 @@ macro_rules! rule {
             const SCOPE: crate::rule::Scope = crate::rule::rule!(@scope $($scope)?);
             const EVALUATES: bool = crate::rule::count!($($ep)?) == 1;
             const BODY: &'static str = stringify!($body);
+            const EVALUATE: &'static str = concat!($(stringify!($evaluate))?);
 
             #[allow(unused_variables, reason = "a rule need not use the step, every hyper-parameter, carry or sums")]
             fn scalars(
@@ -409,6 +412,12 @@ pub fn sign<F: Float>(x: F) -> F {
     } else {
         x
     }
+}
+
+/// The sign, which is a NaN where `x` is infinite or a NaN: such a gradient is not to pass for one like any other.
+#[inline(always)]
+pub fn direction<F: Float>(x: F) -> F {
+    sign(x) + F::default() * x
 }
 
 /// WGSL's `select`: `yes` where `cond` holds, else `no`.

@@ -1,7 +1,7 @@
 //! The registry: one line a rule.
 
 use crate::kernel::Kernel;
-use crate::rule::{Float, Source};
+use crate::rule::Float;
 
 /// A number that every rule is compiled for.
 pub trait Compute: Float {
@@ -23,16 +23,6 @@ macro_rules! rules {
             fn kernels() -> Vec<Kernel<Self>> {
                 vec![$($(Kernel::of::<$module::$rule, _, _>()),+),*]
             }
-        }
-
-        /// Every rule's name and shader, in each phase of a cycle.
-        #[must_use]
-        pub fn shaders() -> Vec<(&'static str, String)> {
-            use crate::{lookahead::Phase, wgsl::shader};
-            [Phase::Plain, Phase::Start, Phase::Sync(())]
-                .into_iter()
-                .flat_map(|phase| [$($(($module::$rule::NAME, shader::<$module::$rule>(phase))),+),*])
-                .collect()
         }
     };
 }

@@ -26,17 +26,17 @@ pub struct Rows {
 /// The arrays of one cycle.
 #[derive(Clone, Debug)]
 pub struct CycleRows {
-    slow: usize,
-    momentum: Option<usize>,
+    pub(crate) slow: usize,
+    pub(crate) momentum: Option<usize>,
     /// What is pulled back, and where what it was after the last sync is.
-    pulled: Vec<(usize, usize)>,
+    pub(crate) pulled: Vec<(usize, usize)>,
     /// Of these, state that stands for weights. It is pulled back from what it was when the cycle began, as weights are:
     /// before its first step, that is the weights themselves.
-    weights: Vec<(usize, usize)>,
+    pub(crate) weights: Vec<(usize, usize)>,
     /// All that is pulled back within the cycles within: it begins again from what this one leaves.
-    follows: Vec<(usize, usize)>,
+    pub(crate) follows: Vec<(usize, usize)>,
     /// What is reset.
-    reset: Vec<usize>,
+    pub(crate) reset: Vec<usize>,
 }
 
 impl Rows {

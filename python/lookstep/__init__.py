@@ -5,6 +5,8 @@ toward them (Zhang, Lucas, Hinton & Ba, 2019, https://arxiv.org/abs/1907.08610).
 pass over the user's own NumPy arrays.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import schedules
 from ._core import __version__
 from .lookahead import HeavyBall, Lookahead, Nesterov, OptimalSlowStep
@@ -32,6 +34,9 @@ from .rules import (
     Signum,
     Yogi,
 )
+
+if TYPE_CHECKING:
+    from . import gpu
 
 __all__ = [
     "ASGD",
@@ -61,5 +66,15 @@ __all__ = [
     "Signum",
     "Yogi",
     "__version__",
+    "gpu",
     "schedules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs wgpu when it is first used."""
+    if name == "gpu":
+        from importlib import import_module
+
+        return import_module(".gpu", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

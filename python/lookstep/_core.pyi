@@ -3,13 +3,33 @@ from typing import Any, Generic, TypeVar, final
 
 import numpy as np
 
-__all__ = ["Engine", "SlowWeights", "__version__", "kernels"]
+__all__ = ["Engine", "SlowWeights", "__version__", "decide", "foresee", "kernels", "layout", "shader"]
 __version__: str
 
 _Array = np.ndarray[Any, Any]
 _P = TypeVar("_P")
 _Hyper = Sequence[tuple[Mapping[str, float], Sequence[float]]]
 
+_Cycles = Sequence[Mapping[str, Any]]
+_Carry = tuple[float, float, float]
+_History = tuple[Mapping[str, Any], bool, int, _Carry]
+_Counted = tuple[int, list[tuple[int, int]], list[tuple[int, list[float]]]]
+
+def decide() -> str: ...
+def foresee(
+    call: str,
+    cycles: _Cycles,
+    start: tuple[int, Sequence[tuple[int, int]]],
+    histories: Sequence[_History],
+    scale: float,
+    optimal: bool,
+    count: int,
+    stride: int,
+) -> tuple[bytes, list[tuple[int, int, bool]], list[_Counted]]: ...
+def layout(
+    name: str, cycles: _Cycles, optimal: bool, master: bool
+) -> tuple[list[str], int, int | None, bool, bool]: ...
+def shader(name: str, cycles: _Cycles, form: Mapping[str, Any]) -> str: ...
 def kernels() -> dict[str, tuple[list[str], list[str]]]: ...
 
 @final

@@ -16,7 +16,7 @@ from ._core import Engine
 from .atomic import StrPath
 from .hyper import CHECKS, Rule, above_zero, at_step, count, flag, is_scheduled, real
 from .plan import Groups, Plan, with_inner
-from .tree import Structure, Tree
+from .tree import Structure, Tree, is_gpu
 
 Params = TypeVar("Params", bound=Tree)
 
@@ -86,7 +86,18 @@ class Optimizer(Generic[Params]):
         >>> opt.step({"w": params["w"] * 2, "b": params["b"] * 2})
     """
 
-    __slots__ = ("__weakref__", "_engine", "_leaves", "_options", "_params", "_plan", "_structure", "_threads")
+    __slots__ = (
+        "__weakref__",
+        "_arrays",
+        "_engine",
+        "_leaves",
+        "_on_gpu",
+        "_options",
+        "_params",
+        "_plan",
+        "_structure",
+        "_threads",
+    )
 
     def __init__(
         self,
@@ -124,7 +135,9 @@ class Optimizer(Generic[Params]):
         self._leaves = leaves = list(self._structure.leaves(params))
         _check_axis(self._options["centralize"], self._structure.names, leaves)
         plan = self._plan
-        self._engine = Engine(
+        self._on_gpu = any(map(is_gpu, leaves))
+        make: Any = _gpu_engine() if self._on_gpu else Engine
+        self._engine: Any = make(
             self._structure.names,
             leaves,
             plan.of_leaf,
@@ -134,8 +147,9 @@ class Optimizer(Generic[Params]):
             | {"optimal": plan.is_optimal}
             | {"seed": self._options["seed"] if rounding == "stochastic" else None, "threads": self._threads},
         )
+        self._arrays = self._engine.views if self._on_gpu else leaves
 
-    def step(self, grads: Any, *, scale: float = 1.0) -> None:
+    def step(self, grads: Any, *, scale: float = 1.0, zero_grads: bool = False, into: Any = None) -> None:
         """Moves every parameter by its gradient, in place; at the end of a cycle, slow and fast weights sync.
 
         The interpreter lock is released while numbers move, but for so few that it takes longer to get it back.
@@ -145,6 +159,9 @@ class Optimizer(Generic[Params]):
                 read-only or not, of float64 for a parameter of float64, and of any narrower float for others. Where a
                 leaf is `None`, the rule leaves the parameter and its state alone; a sync includes it all the same.
             scale: what gradients are multiplied by, such as 1 / the loss's scale.
+            zero_grads: make gradients zero in the same pass, for shaders that add to them. For GPU arrays alone.
+            into: a `wgpu.GPUCommandEncoder` or `wgpu.GPUComputePassEncoder` that the step is recorded into, to run when
+                that is submitted. Without it, a step of GPU arrays is submitted at once. For GPU arrays alone.
 
         Raises:
             TypeError: if a leaf is no array, or of a dtype that does not go with its parameter's.
@@ -157,7 +174,14 @@ class Optimizer(Generic[Params]):
         if not self._engine.steps % _LOOK_AGAIN:
             self._check_bound()
         leaves = self._structure.leaves(grads)
-        if self._plan.is_scheduled:
+        if self._on_gpu:
+            hyper = self._plan.hyper(self._engine.next_step) if self._plan.is_scheduled else None
+            scale = scale if type(scale) is float and scale == 1.0 else _scale(scale)
+            zero_grads = zero_grads is True or (zero_grads is not False and flag("zero_grads", zero_grads))
+            self._engine.step(leaves, scale, hyper, zero_grads, into)
+        elif zero_grads is not False or into is not None:
+            raise ValueError("zero_grads and into are for GPU arrays: NumPy arrays are stepped at once")
+        elif self._plan.is_scheduled:
             self._engine.step(leaves, _scale(scale), self._plan.hyper(self._engine.steps))
         elif type(scale) is float and scale == 1.0:
             self._engine.step(leaves)
@@ -312,6 +336,14 @@ class Optimizer(Generic[Params]):
         """The slow step of the last sync: of the innermost `Lookahead`, for leaves without one of their own."""
         return self._engine.slow_step
 
+    def read_stats(self) -> Any:
+        """How far the run has come: steps, syncs, skipped, grad_norm, slow_step and loss_scale, as a named tuple.
+
+        Where the GPU decides, this is the only way to know: it waits for the GPU, and `steps` and the like are what was
+        last read here. Elsewhere it is what they are.
+        """
+        return self._engine.stats()
+
     def state_dict(self) -> dict[str, Any]:
         """All that the run is: copies of parameters and state, counters, the rule, groups and options.
 
@@ -357,7 +389,7 @@ class Optimizer(Generic[Params]):
         arrays, counters = checkpoint.checked(
             state,
             self._structure.paths,
-            self._leaves,
+            self._arrays,
             self._engine.kinds(),
             [(level.sync_period, plan.is_optimal and depth == 0) for depth, level in enumerate(plan.levels)],
             allow_nonfinite,
@@ -412,7 +444,7 @@ class Optimizer(Generic[Params]):
         with checkpoint.opened(path, len(paths)) as file:
             rule, groups, options = file.made_of(paths)
             opt = cls(params, rule, groups=groups, threads=threads, **options)
-            state = file.state(opt._structure.paths, opt._leaves, opt._engine.kinds())
+            state = file.state(opt._structure.paths, opt._arrays, opt._engine.kinds())
         opt.load_state_dict(state, allow_nonfinite=allow_nonfinite)
         return opt
 
@@ -429,6 +461,7 @@ class Optimizer(Generic[Params]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Another optimizer, over copies of the arrays, that goes on from here."""
+        self._check_copied()
         state = self.state_dict()
         other = type(self)(
             deepcopy(self._params, memo), self._plan.rule, groups=self.groups, threads=self._threads, **self._options
@@ -439,11 +472,19 @@ class Optimizer(Generic[Params]):
 
     def __reduce__(self) -> Any:
         """Makes pickles: another optimizer, over copies of the arrays, that goes on from here."""
+        self._check_copied()
         options = self._options
         state = self.state_dict()
         for leaf in state["leaves"].values():
             del leaf["params"]  # They come with the arrays.
         return _rebuilt, (type(self), self._params, self._plan.rule, self.groups, options), state
+
+    def _check_copied(self) -> None:
+        """Refuses where arrays have no copies."""
+        if self._on_gpu:
+            raise TypeError(
+                "buffers of a GPU cannot be copied along: load_state_dict of another optimizer takes state_dict()"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Goes on from where the other one was."""
@@ -464,6 +505,13 @@ class Optimizer(Generic[Params]):
 
 def _rebuilt(cls: type[Optimizer[Any]], params: Any, rule: Rule, groups: Groups, options: dict[str, Any]) -> Any:
     return cls(params, rule, groups=groups, **options)
+
+
+def _gpu_engine() -> Any:
+    """The engine of GPU arrays, imported where there are some."""
+    from .gpu.engine import Engine
+
+    return Engine
 
 
 def _choice(name: str, value: Any, *choices: Any) -> Any:

@@ -1,5 +1,6 @@
 """Leaves of a parameter tree, and the paths that name them."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
@@ -8,11 +9,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-Tree: TypeAlias = "np.ndarray[Any, Any] | Mapping[Any, Tree] | Sequence[Tree]"
-"""An array, or a list, tuple or dict of trees."""
+Tree: TypeAlias = "np.ndarray[Any, Any] | Any | Mapping[Any, Tree] | Sequence[Tree]"
+"""An array of NumPy or on the GPU, or a list, tuple or dict of trees."""
 
 _Path = tuple[str | int, ...]
 _Leaves = list[Any] | tuple[Any, ...]
+
+
+def is_gpu(leaf: Any) -> bool:
+    """Whether this is an array on the GPU; there are none before somebody has imported what they are made with."""
+    wgpu, ours = sys.modules.get("wgpu"), sys.modules.get("lookstep.gpu.arrays")
+    kinds = getattr(wgpu, "GPUBuffer", None), getattr(ours, "View", None)
+    return isinstance(leaf, tuple(kind for kind in kinds if kind is not None))
 
 
 def label(root: str, path: _Path) -> str:
@@ -39,7 +47,7 @@ class Structure:
 
     def __init__(self, params: Any) -> None:
         """Reads the structure of `params`."""
-        if not isinstance(params, np.ndarray | list | tuple | dict):
+        if not isinstance(params, np.ndarray | list | tuple | dict) and not is_gpu(params):
             raise TypeError(f"params must be an array or a list, tuple or dict of them, got {type(params).__name__}")
         try:
             self._node = _explore(params)

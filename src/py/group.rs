@@ -222,7 +222,7 @@ impl GroupSpec {
     }
 }
 
-fn kernel<F: Compute>(name: &str) -> PyResult<Kernel<F>> {
+pub fn kernel<F: Compute>(name: &str) -> PyResult<Kernel<F>> {
     let kernel = F::kernels().into_iter().find(|kernel| kernel.name == name);
     kernel.ok_or_else(|| PyValueError::new_err(format!("no kernel is called {name}")))
 }
@@ -240,8 +240,16 @@ pub fn ordered(names: &[&str], hyper: &HashMap<String, f64>) -> PyResult<Vec<f64
 
 /// Refuses hyper-parameters that are finite in float64 only.
 pub fn check_overflow(group: &Group, hyper: &[f64]) -> Result<(), Error> {
+    check_single(&group.single, &group.double, hyper)
+}
+
+/// The same for the kernel of either number.
+pub fn check_single(
+    single: &Kernel<f32>,
+    double: &Kernel<f64>,
+    hyper: &[f64],
+) -> Result<(), Error> {
     // Hyper-parameters come first among the scalars, and lr is in all that come after; they are largest at step 1.
-    let Group { single, double, .. } = group;
     let exact = (double.scalars)(hyper, 1.0, &mut [0.0; CARRY], [0.0; SUMS]);
     let rounded = (single.scalars)(hyper, 1.0, &mut [0.0; CARRY], [0.0; SUMS]);
     let mut pairs = exact.iter().zip(&rounded);

@@ -20,7 +20,8 @@ rule!(
         // The gradient less its new average, without the digits that these have in common where b1 is small.
         let surprise = b1 * (g - m);
         m = b1 * m + a1 * g;
-        v = finite(b2 * v + a2 * (surprise * surprise) + eps);
+        // Compilers of shaders do not add `eps` to another part of the sum first where that part is made finite.
+        v = finite(finite(b2 * v + a2 * (surprise * surprise)) + eps);
         let z = sqrt(v) * root + eps;
         p = keep * p - select(size * m / z, 0.0, eps == 0.0 && z == 0.0);
     },

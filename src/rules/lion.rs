@@ -1,7 +1,6 @@
 //! Lion (Chen et al., 2023, Algorithm 2), <https://arxiv.org/abs/2302.06675>; the authors' code is the same.
-//! An infinite gradient has a sign as well: `0.0 * c` makes it a NaN, where it would pass for a step like any other.
 
-use crate::rule::{rule, sign};
+use crate::rule::{direction, rule};
 
 rule!(
     Lion,
@@ -11,6 +10,6 @@ rule!(
     |p, g| {
         let c = b1 * m + a1 * g;
         m = b2 * m + a2 * g;
-        p = keep * p - lr * (sign(c) + 0.0 * c);
+        p = keep * p - lr * direction(c);
     },
 );

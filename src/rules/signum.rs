@@ -1,8 +1,7 @@
 //! signSGD and Signum (Bernstein et al., 2018, Algorithms 1 and 2), <https://arxiv.org/abs/1802.04434>; the weight
 //! decay, which is decoupled, is that of the authors' next paper, <https://arxiv.org/abs/1810.05291>.
-//! An infinite gradient has a sign as well: `0.0 * m` makes it a NaN, where it would pass for a step like any other.
 
-use crate::rule::{rule, sign};
+use crate::rule::{direction, rule};
 
 rule!(
     SignSgd,
@@ -10,7 +9,7 @@ rule!(
     state(),
     |t| scalars(keep = 1.0 - lr * weight_decay),
     |p, g| {
-        p = keep * p - lr * (sign(g) + 0.0 * g);
+        p = keep * p - lr * direction(g);
     },
 );
 
@@ -21,6 +20,6 @@ rule!(
     |t| scalars(fresh = 1.0 - momentum, keep = 1.0 - lr * weight_decay),
     |p, g| {
         m = momentum * m + fresh * g;
-        p = keep * p - lr * (sign(m) + 0.0 * m);
+        p = keep * p - lr * direction(m);
     },
 );
