@@ -60,6 +60,8 @@ pub struct Form<'a> {
     pub control: bool,
     /// Which cycles begin and end.
     pub course: Course,
+    /// Whether this is known to be a call that measures the slow step, in which the rule moves nothing.
+    pub measures: bool,
     /// Whether a thread has four elements, which lie on a boundary of four.
     pub quads: bool,
     /// Words of a row of the table, in which other rules may have more than this one.
@@ -146,7 +148,9 @@ impl Form<'_> {
                     self.start(&rows.cycles[depth], &mut kept);
                 }
                 self.note_gradient(starting > 0, &rows, &mut kept);
-                self.update(&mut kept);
+                if !self.measures {
+                    self.update(&mut kept);
+                }
                 for depth in 0..ending {
                     self.sync(depth, &rows, &mut kept);
                 }
@@ -862,6 +866,7 @@ mod tests {
                                 limit: quads,
                                 control: course == Course::Decided || number == 1,
                                 course,
+                                measures: number == 1,
                                 quads,
                                 words: 64,
                             };
@@ -888,6 +893,7 @@ mod tests {
                         starting: 0,
                         ending: 0,
                     },
+                    measures: false,
                     quads: true,
                     words: 0,
                 };

@@ -13,7 +13,7 @@ _Hyper = Sequence[tuple[Mapping[str, float], Sequence[float]]]
 _Cycles = Sequence[Mapping[str, Any]]
 _Carry = tuple[float, float, float]
 _History = tuple[Mapping[str, Any], bool, int, _Carry]
-_Counted = tuple[int, list[tuple[int, int]], list[tuple[int, list[float]]]]
+_Counted = tuple[int, list[tuple[int, int]], list[tuple[int, _Carry]]]
 
 def decide() -> str: ...
 def foresee(

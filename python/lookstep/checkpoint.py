@@ -35,6 +35,8 @@ _MOST_STEPS = 2**60
 _LOST = 255
 """What 8-bit state has for a number that is not finite."""
 _KEYS = ("format", "version", "rule", "groups", "options", "steps", "skipped", "cycles", "carry", "leaves")
+_LOSS_SCALE = "loss_scale"
+"""Where there is one: the scale, and steps since it last changed."""
 _OPTIONS = (
     "max_grad_norm",
     "max_grad_value",
@@ -89,7 +91,7 @@ def state_of(
         "cycles": [list(cycle) for cycle in counters["cycles"]],
         "carry": list(counters["carry"]),
         "leaves": leaves,
-    }
+    } | ({_LOSS_SCALE: counters[_LOSS_SCALE]} if _LOSS_SCALE in counters else {})
 
 
 def made_of(state: Any) -> tuple[Rule, list[tuple[str, dict[str, Any]]], dict[str, Any]]:
@@ -105,7 +107,7 @@ def made_of(state: Any) -> tuple[Rule, list[tuple[str, dict[str, Any]]], dict[st
     for key in _KEYS:
         if key not in state:
             raise ValueError(f"the state has no {key!r}")
-    if unknown := [key for key in state if key not in _KEYS]:
+    if unknown := [key for key in state if key not in (*_KEYS, _LOSS_SCALE)]:
         raise ValueError(f"the state has the unknown key {shortened(unknown[0])}")
     rule, groups, options = state["rule"], state["groups"], state["options"]
     if not isinstance(rule, Rule):
@@ -200,6 +202,8 @@ def checked(
         "carry": _carry("the state", state["carry"], allow_nonfinite),
         "leaves": counts,
     }
+    if _LOSS_SCALE in state:
+        counters[_LOSS_SCALE] = _loss_scale(state[_LOSS_SCALE])
     return arrays, counters
 
 
@@ -383,6 +387,12 @@ def _integer(name: str, value: Any, end: int) -> int:
     if type(value) is not int or not 0 <= value < end:
         raise ValueError(f"{name} must be an integer in [0, {end}), got {str(value)[:50]}")
     return value
+
+
+def _loss_scale(value: Any) -> list[Any]:
+    if not isinstance(value, list) or len(value) != 2 or type(value[0]) is not float or not 0 < value[0] < 2.0**64:
+        raise ValueError(f"loss_scale must be a number > 0 and an integer, got {shortened(value)}")
+    return [value[0], _integer("steps of the loss scale", value[1], 2**32)]
 
 
 def _carry(name: str, value: Any, allow_nonfinite: bool) -> list[float]:

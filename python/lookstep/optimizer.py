@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from .atomic import StrPath
 from .hyper import CHECKS, Rule, above_zero, at_step, count, flag, is_scheduled, real
 from .plan import Groups, Plan, with_inner
 from .tree import Structure, Tree, is_gpu
+
+if TYPE_CHECKING:
+    from .gpu import LossScale
 
 Params = TypeVar("Params", bound=Tree)
 
@@ -65,6 +68,7 @@ class Optimizer(Generic[Params]):
             `LOOKSTEP_NUM_THREADS`, else the CPUs that the process may use, by its affinity and its container's limit.
             They are started by the first step that is long enough to be shared (of some 250,000 elements), and sleep
             between steps.
+        loss_scale: a `lookstep.gpu.LossScale`, for GPU arrays alone.
 
     Gradients are multiplied by `scale`, clipped by value, clipped by norm, and centralised, in this order.
 
@@ -90,8 +94,8 @@ class Optimizer(Generic[Params]):
         "__weakref__",
         "_arrays",
         "_engine",
+        "_gpu",
         "_leaves",
-        "_on_gpu",
         "_options",
         "_params",
         "_plan",
@@ -114,6 +118,7 @@ class Optimizer(Generic[Params]):
         rounding: Literal["stochastic", "nearest"] = "stochastic",
         seed: int = 0,
         threads: int | None = None,
+        loss_scale: "LossScale | None" = None,
     ) -> None:
         """Checks the arrays, and makes the rule's state for them."""
         self._options = {
@@ -135,9 +140,11 @@ class Optimizer(Generic[Params]):
         self._leaves = leaves = list(self._structure.leaves(params))
         _check_axis(self._options["centralize"], self._structure.names, leaves)
         plan = self._plan
-        self._on_gpu = any(map(is_gpu, leaves))
-        make: Any = _gpu_engine() if self._on_gpu else Engine
-        self._engine: Any = make(
+        on_gpu = any(map(is_gpu, leaves))
+        if loss_scale is not None and not on_gpu:
+            raise ValueError("loss_scale is for GPU arrays: for NumPy arrays, pass scale to step")
+        make: Any = _gpu_engine() if on_gpu else Engine
+        self._engine: Engine = make(
             self._structure.names,
             leaves,
             plan.of_leaf,
@@ -145,9 +152,11 @@ class Optimizer(Generic[Params]):
             plan.cycles(),
             self._options
             | {"optimal": plan.is_optimal}
-            | {"seed": self._options["seed"] if rounding == "stochastic" else None, "threads": self._threads},
+            | {"seed": self._options["seed"] if rounding == "stochastic" else None, "threads": self._threads}
+            | {"loss_scale": loss_scale},
         )
-        self._arrays = self._engine.views if self._on_gpu else leaves
+        self._gpu: Any = self._engine if on_gpu else None
+        self._arrays: Sequence[Any] = leaves if self._gpu is None else self._gpu.views
 
     def step(self, grads: Any, *, scale: float = 1.0, zero_grads: bool = False, into: Any = None) -> None:
         """Moves every parameter by its gradient, in place; at the end of a cycle, slow and fast weights sync.
@@ -174,11 +183,11 @@ class Optimizer(Generic[Params]):
         if not self._engine.steps % _LOOK_AGAIN:
             self._check_bound()
         leaves = self._structure.leaves(grads)
-        if self._on_gpu:
-            hyper = self._plan.hyper(self._engine.next_step) if self._plan.is_scheduled else None
+        if self._gpu is not None:
+            hyper = self._plan.hyper(self._gpu.next_step) if self._plan.is_scheduled else None
             scale = scale if type(scale) is float and scale == 1.0 else _scale(scale)
             zero_grads = zero_grads is True or (zero_grads is not False and flag("zero_grads", zero_grads))
-            self._engine.step(leaves, scale, hyper, zero_grads, into)
+            self._gpu.step(leaves, scale, hyper, zero_grads, into)
         elif zero_grads is not False or into is not None:
             raise ValueError("zero_grads and into are for GPU arrays: NumPy arrays are stepped at once")
         elif self._plan.is_scheduled:
@@ -342,7 +351,14 @@ class Optimizer(Generic[Params]):
         Where the GPU decides, this is the only way to know: it waits for the GPU, and `steps` and the like are what was
         last read here. Elsewhere it is what they are.
         """
-        return self._engine.stats()
+        if self._gpu is None:
+            raise TypeError("read_stats is for GPU arrays: steps, syncs, ... of NumPy arrays are always up to date")
+        return self._gpu.stats()
+
+    @property
+    def control(self) -> Any:
+        """The buffer of what the GPU decides: its first float32 is the loss scale; `None` where it decides nothing."""
+        return self._gpu and self._gpu.control
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run is: copies of parameters and state, counters, the rule, groups and options.
@@ -425,7 +441,15 @@ class Optimizer(Generic[Params]):
         checkpoint.save(path, self.state_dict())
 
     @classmethod
-    def load(cls, path: StrPath, params: Params, *, allow_nonfinite: bool = False, threads: int | None = None) -> Self:
+    def load(
+        cls,
+        path: StrPath,
+        params: Params,
+        *,
+        allow_nonfinite: bool = False,
+        threads: int | None = None,
+        loss_scale: "LossScale | None" = None,
+    ) -> Self:
         """An optimizer that continues a saved run, bit for bit.
 
         Args:
@@ -434,6 +458,7 @@ class Optimizer(Generic[Params]):
                 its arrays.
             allow_nonfinite: also take a state that holds an infinity or a NaN.
             threads: as for a new optimizer; they are this machine's matter, and no part of a run.
+            loss_scale: as for a new optimizer; it goes on from the saved scale.
 
         Raises:
             TypeError, ValueError: if `params` does not fit, or the file is damaged, of a newer version, or none of
@@ -443,7 +468,7 @@ class Optimizer(Generic[Params]):
         paths = Structure(params).paths
         with checkpoint.opened(path, len(paths)) as file:
             rule, groups, options = file.made_of(paths)
-            opt = cls(params, rule, groups=groups, threads=threads, **options)
+            opt = cls(params, rule, groups=groups, threads=threads, loss_scale=loss_scale, **options)
             state = file.state(opt._structure.paths, opt._arrays, opt._engine.kinds())
         opt.load_state_dict(state, allow_nonfinite=allow_nonfinite)
         return opt
@@ -481,7 +506,7 @@ class Optimizer(Generic[Params]):
 
     def _check_copied(self) -> None:
         """Refuses where arrays have no copies."""
-        if self._on_gpu:
+        if self._gpu is not None:
             raise TypeError(
                 "buffers of a GPU cannot be copied along: load_state_dict of another optimizer takes state_dict()"
             )

@@ -26,6 +26,7 @@ pub struct FormSpec {
     limit: bool,
     control: bool,
     course: Option<(usize, usize)>,
+    measures: bool,
     quads: bool,
     words: usize,
 }
@@ -80,6 +81,7 @@ pub fn shader(name: &str, cycles: Vec<CycleSpec>, form: FormSpec) -> PyResult<St
                 starting,
                 ending,
             }),
+        measures: form.measures,
         quads: form.quads,
         words: form.words,
     };

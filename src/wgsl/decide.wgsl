@@ -51,12 +51,10 @@ fn decide(sum: vec4<f32>, slope: vec4<f32>) {
     let is_nan = slope.x > 0.0;
     let is_bad = is_nan || sum.w > 0.0;
     let nan = bitcast<f32>(0x7fc00000u ^ zero);
-    let infinity = bitcast<f32>(0x7f800000u ^ zero);
-    norm = select(select(norm, infinity, sum.w > 0.0), nan, is_nan);
+    norm = select(norm, nan, is_nan);
     var clip = 1.0;
-    if (call.options & 2u) != 0u && (is_bad || norm > call.max_norm) {
-        clip = select(call.max_norm / root / unit, 0.0, is_bad);
-        clip = select(clip, nan, is_nan);
+    if (call.options & 2u) != 0u && (is_nan || norm > call.max_norm) {
+        clip = select(call.max_norm / root / unit, nan, is_nan);
     }
     control.norm = norm;
     control.clip = clip;

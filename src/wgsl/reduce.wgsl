@@ -25,6 +25,9 @@ fn main(
                 let is_nan = (bitcast<u32>(given) & 0x7fffffu) != 0u;
                 nan += select(0.0, 1.0, is_nan);
                 infinite += select(1.0, 0.0, is_nan);
+            }
+            if !is_finite(g) {
+                squares.z += bitcast<f32>(0x7f800000u ^ piece.zero);
             } else if size > 0x1p50f {
                 let x = g / UNIT;
                 squares.z += x * x;

@@ -9,7 +9,8 @@ except ImportError as error:
     raise ImportError('GPU arrays need wgpu: pip install "lookstep[gpu]"') from error
 
 from .arrays import Arena, View
+from .decisions import LossScale
 from .device import default_device
 from .engine import Stats
 
-__all__ = ["Arena", "Stats", "View", "default_device"]
+__all__ = ["Arena", "LossScale", "Stats", "View", "default_device"]

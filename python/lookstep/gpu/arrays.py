@@ -102,7 +102,7 @@ def dtype_of(dtype: Any) -> np.dtype[Any]:
             raise ImportError("bfloat16 needs ml_dtypes: pip install ml_dtypes") from error
         dtype = bfloat16
     try:
-        found = np.dtype(dtype)
+        found: np.dtype[Any] = np.dtype(dtype)
     except TypeError:
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}") from None
     if found.name not in DTYPES or not found.isnative:

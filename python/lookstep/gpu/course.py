@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from .._core import foresee
 
-Carry = Sequence[float]
+Carry = tuple[float, float, float]
 NO_CARRY = (0.0, 0.0, 0.0)
 
 Event = tuple[int, int, bool]
@@ -70,6 +70,7 @@ class Course:
 
     def foresee(self, count: int, stride: int) -> bytes:
         """Adds calls; returns the rows of uniforms of all histories, call by call, each of `stride` bytes at least."""
+        rows: bytes
         rows, events, after = self._ask("step", self._counters[-1], count, stride)
         self.events += events
         self._counters += [Counters(*counters) for counters in after]

@@ -19,6 +19,7 @@ import wgpu
 from .arrays import View, read, views_of
 from .checks import check_apart, check_grad, check_into, check_params, check_unmapped, check_usage
 from .course import NO_CARRY, Counters, Course, Event, History, check_groups
+from .decisions import MOST_ROWS, Decisions, LossScale
 from .device import COPY_DST, COPY_SRC, STORAGE, Device, make_buffer
 from .layout import Kind, parts_of
 from .pieces import Piece, bind, pieces_of, place
@@ -30,7 +31,7 @@ _INSIDE = "params hold the slow weights: leave slow_weights() first, so that the
 
 
 class Stats(NamedTuple):
-    """How far a run has come, as the GPU has it."""
+    """How far a run has come, as the GPU has it; what is not taken is `None`."""
 
     steps: int
     syncs: int
@@ -38,6 +39,18 @@ class Stats(NamedTuple):
     grad_norm: float | None
     slow_step: float | None
     loss_scale: float | None
+
+
+class _Known(NamedTuple):
+    """What was last read of what the GPU decided."""
+
+    skipped: int
+    grad_norm: float | None
+    loss_scale: float | None
+
+
+_NO_OTHERS: Sequence[Any] = ()
+_UNKNOWN = _Known(0, None, None)
 
 
 class Engine:
@@ -74,9 +87,18 @@ class Engine:
         self._parts = parts_of(self._device, self.views, self._kinds)
         self._store = Store(self._device, self.views, self._kinds, self._parts)
         self._slots = Slots(self._device, row)
+        decides = options["max_grad_norm"] is not None or options["nonfinite"] == "skip" or self._optimal
+        self._decisions = Decisions(self._device, options, row) if decides or options["loss_scale"] else None
+        self._drops = self._decisions is not None and self._decisions.drops
+        self._limits_norm = options["max_grad_norm"] is not None
+        self._scales: LossScale | None = options["loss_scale"]
+        self._measured = False
+        self._origin = 0
+        self._known = _UNKNOWN
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._shown: list[Any] | None = None
+        self._stilled: Sequence[Piece] = ()
         self._recorded: dict[Any, Any] = {}
         self._recorded_for: Any = None
         self._entries = 0
@@ -116,13 +138,32 @@ class Engine:
         self._moved = list(moved)
         histories = [History(group, moves) for group, moves, _ in found]
         start = start._replace(histories=tuple(own for *_, own in found))
-        self._course = Course(self._cycles, self._optimal, self._groups, histories, self._scale, start)
-        self._at = 0
+        self._plan(histories, start)
         self._grads: tuple[Any, ...] | None = None
         self._pieces: list[Piece] = []
 
+    def _plan(self, histories: Sequence[History], start: Counters) -> None:
+        """Goes on from `start`, with nothing foreseen."""
+        # Where steps may be dropped, the scale comes with the call and not with the step.
+        scale = 1.0 if self._drops else self._scale
+        self._course = Course(self._cycles, self._optimal, self._groups, histories, scale, start)
+        self._at, self._horizon = 0, 1
+        if self._decisions is not None:
+            self._decisions.begin(self._origin, len(histories))
+
     def _now(self) -> Counters:
-        return self._course.counters(self._at)
+        """The counters; where steps may be dropped, as they were last read."""
+        return self._course.counters(0 if self._drops else self._at)
+
+    def _settle(self) -> None:
+        """Where steps may be dropped, reads which were: what comes next depends on it."""
+        if self._drops:
+            self.stats()
+            if self._at:
+                raise RuntimeError(
+                    f"{self._at} steps were recorded and have not run: submit them first, since this call depends on "
+                    "which of them the GPU drops"
+                )
 
     def _of_leaf(self, now: Counters | None = None) -> list[tuple[int, Any]]:
         """Each leaf's own steps, and what the rule carries for it."""
@@ -137,7 +178,7 @@ class Engine:
     @property
     def next_step(self) -> int:
         """The number of the next step, counted from 0, where none is dropped."""
-        return self._now().steps
+        return self._course.counters(self._at).steps
 
     @property
     def syncs(self) -> int:
@@ -147,22 +188,47 @@ class Engine:
 
     @property
     def skipped(self) -> int:
-        """Steps that were dropped."""
-        return 0
+        """Steps that were dropped, as last read."""
+        return self._known.skipped
 
     @property
     def grad_norm(self) -> float | None:
-        """The norm of the last step's gradients, where it was taken and read."""
-        return None
+        """The norm of the gradients of the last step that was read, where it was taken."""
+        return self._known.grad_norm
 
     @property
     def slow_step(self) -> float | None:
         """The slow step of the last sync."""
         return self._slow_step
 
+    @property
+    def control(self) -> Any:
+        """The buffer of what the GPU decides; none where it decides nothing."""
+        return self._decisions and self._decisions.buffer
+
     def stats(self) -> Stats:
-        """The counters, as the GPU has them."""
-        return Stats(self.steps, self.syncs, self.skipped, self.grad_norm, self.slow_step, None)
+        """The counters, as the GPU has them: it waits for it, where it decides."""
+        if self._decisions is not None:
+            found = self._decisions.read()
+            takes_norm = found.calls and (self._limits_norm or self._drops)
+            scale = found.loss_scale if self._scales else None
+            self._known = _Known(found.skipped, found.norm if takes_norm else None, scale)
+            if self._optimal and self._measured and not self._drops:
+                self._slow_step = found.slow_step
+            if self._drops:
+                applied = (found.events - self._origin) & 0xFFFFFFFF
+                self._slow_step = self._last_slow_step(applied, found.slow_step)
+                self._course.forget(applied)
+                self._origin += applied
+                self._at = (self._decisions.calls - found.calls) & 0xFFFFFFFF
+        return Stats(self.steps, self.syncs, self.skipped, self.grad_norm, self.slow_step, self._known.loss_scale)
+
+    def _last_slow_step(self, applied: int, measured: float) -> float | None:
+        """The slow step of the last sync among the first calls."""
+        last = next((event for event in reversed(self._course.events[:applied]) if event[1]), None)
+        if last is None:
+            return self._slow_step
+        return measured if last[2] else self._groups[0]["slow_steps"][0]
 
     # A step.
 
@@ -189,7 +255,10 @@ class Engine:
             if self._at == len(self._course.events):
                 self._foresee(1 if hyper is not None else self._horizon)
             event = self._course.events[self._at]
-            self._run("step", self._pieces, self._place(), event, zero_grads, into)
+            if self._decisions is None:
+                self._run("step", self._pieces, self._place(), event, zero_grads, into)
+            else:
+                self._decide(event, zero_grads, into)
             self._at += 1
             if event[1]:
                 self._note_slow_step(event)
@@ -198,6 +267,7 @@ class Engine:
         """Ends the cycle now, where one has begun."""
         with _Call(self):
             self._check_unmapped()
+            self._settle()
             if hyper is not None:
                 self._set(_with_hyper(self._groups, hyper), self._scale)
             now = self._now()
@@ -209,7 +279,8 @@ class Engine:
             self._note_slow_step(event)
 
     def _note_slow_step(self, event: Event) -> None:
-        if event[1]:
+        self._measured = event[2]
+        if event[1] and not event[2] and not self._drops:
             self._slow_step = self._groups[0]["slow_steps"][0]
 
     def _take_grads(self, grads: Sequence[Any]) -> None:
@@ -217,12 +288,16 @@ class Engine:
         views = self._grad_views(grads)
         moved = [view is not None or kind is None for view, kind in zip(views, self._kinds, strict=True)]
         if moved != self._moved:
+            self._settle()
             self._begin(self._now(), self._of_leaf(), moved)
         pieces = list(pieces_of(self._parts, self.views, views, self._history_of))
         place(self._device, pieces, len(self._course.histories), self._limit or 0.0)
         buffers = [view.buffer for view in [*self.views, *views] if view is not None]
         self._buffers = list({id(buffer): buffer for buffer in buffers}.values())
         self._pieces, self._grads = pieces, tuple(grads)
+        self._sums = sum(piece.sums for piece in pieces)
+        if self._decisions is not None:
+            self._decisions.make_room(self._sums)
         self._recorded.clear()
 
     def _grad_views(self, grads: Sequence[Any]) -> list[View | None]:
@@ -249,30 +324,43 @@ class Engine:
         """Pieces for what needs no gradients."""
         pieces = list(pieces_of(self._parts, self.views, [None] * len(self.views), self._history_of))
         place(self._device, pieces, len(self._course.histories), 0.0)
+        self._stilled = pieces
         return pieces
 
     def _set(self, groups: Sequence[Mapping[str, Any]], scale: float) -> None:
         """Takes other hyper-parameters or another scale from the next step on."""
         check_groups(self._cycles, groups, scale)
         _check_scale(scale)
+        is_same = groups is self._groups
         self._groups, self._scale = list(groups), scale
-        self._forget(self._now())
+        if not self._drops:
+            self._forget(self._now())
+        elif not is_same and self._at == len(self._course.events):
+            self._course.groups = self._groups
+        elif not is_same:
+            self._settle()
+            self._forget(self._now())
 
     def _forget(self, now: Counters) -> None:
         """Leaves out what was foreseen."""
-        self._slots.give_back((len(self._course.events) - self._at) * len(self._course.histories))
-        histories = self._course.histories
-        self._course = Course(self._cycles, self._optimal, self._groups, histories, self._scale, now)
-        self._at, self._horizon = 0, 1
+        if not self._drops:
+            self._slots.give_back((len(self._course.events) - self._at) * len(self._course.histories))
+        self._plan(self._course.histories, now)
 
     def _foresee(self, count: int) -> None:
         """Writes the rows of steps to come; as many more each time, while nothing else comes between."""
         count = max(1, min(count, SLOTS // max(1, len(self._course.histories))))
+        self._horizon = 2 * count
+        if self._drops:
+            assert self._decisions is not None
+            if self._at >= MOST_ROWS:
+                self.stats()
+            self._decisions.append(self._course.foresee(count, self._decisions.row), self._origin)
+            return
         self._course.forget(self._at)
         self._at = 0
         rows = self._course.foresee(count, self._slots.stride)
         self._first = self._slots.write(rows) if rows else 0
-        self._horizon = 2 * count
 
     def _place(self) -> int:
         """The byte of this event's first row."""
@@ -280,6 +368,7 @@ class Engine:
 
     def _once(self, call: str) -> tuple[int, Event, Counters]:
         """Writes the rows of a call that was not foreseen; returns the byte of the first."""
+        self._settle()
         self._forget(self._now())
         rows, event, after = self._course.once(call, 0, self._slots.stride)
         return self._slots.write(rows) if rows else 0, event, after
@@ -289,10 +378,11 @@ class Engine:
         if self._recorded_for is not self._slots.buffer:
             self._recorded.clear()
             self._recorded_for = self._slots.buffer
-        if pieces is not self._pieces:
+        todo: list[Any] | None = self._recorded.get((event, zeroes)) if pieces is self._pieces else None
+        if todo is None:
             todo = self._dispatches(kind, pieces, event, zeroes)
-        elif (todo := self._recorded.get((event, zeroes))) is None:
-            todo = self._recorded[event, zeroes] = self._dispatches(kind, pieces, event, zeroes)
+            if pieces is self._pieces:
+                self._recorded[event, zeroes] = todo
         if not todo:
             return
         encoder, pass_ = _opened(into, self._device)
@@ -302,23 +392,49 @@ class Engine:
             pass_.dispatch_workgroups(*size)
         _close(encoder, pass_, into, self._device)
 
+    def _decide(self, event: Event, zeroes: bool, into: Any) -> None:
+        """Records the passes of a step in which the GPU decides."""
+        decisions = self._decisions
+        assert decisions is not None
+        low = self._groups[0]["slow_steps"][0] if self._optimal else 0.0
+        call = decisions.call(self._scale, self._sums, event[2] and not self._drops, low)
+        first = call if self._drops else self._place()
+        course = (0, 0, False) if self._drops else event
+        added = [piece for piece in self._pieces if piece.grads is not None or self._optimal]
+        sums = self._dispatches("reduce", added, course, zeroes)
+        steps = self._dispatches("step", self._pieces, course, zeroes)
+        encoder, pass_ = _opened(into, self._device)
+        for (pipeline, group, shift, _), piece in zip(sums, added, strict=True):
+            pass_.set_pipeline(pipeline)
+            pass_.set_bind_group(0, group, (first + shift,))
+            pass_.dispatch_workgroups(piece.sums)
+        decisions.record(pass_, call)
+        for pipeline, group, shift, size in steps:
+            pass_.set_pipeline(pipeline)
+            pass_.set_bind_group(0, group, (first + shift,))
+            pass_.dispatch_workgroups(*size)
+        _close(encoder, pass_, into, self._device)
+
     def _dispatches(self, kind: str, pieces: Sequence[Piece], event: Event, zeroes: bool) -> list[Any]:
         """Of each dispatch, its pipeline and bind group, where its row is from the first, and its workgroups."""
-        course = event[:2]
+        decides = kind in ("step", "reduce") and self._decisions is not None and pieces is not self._stilled
+        picks = decides and self._drops
+        stride = 0 if picks else self._slots.stride
         return [
             (
-                self._pipeline(piece, kind, course, zeroes),
-                self._bound(piece, zeroes),
-                piece.history * self._slots.stride,
+                self._pipeline(piece, kind, event, zeroes, decides),
+                self._bound(piece, zeroes, decides),
+                piece.history * stride,
                 piece.groups,
             )
             for piece in pieces
-            if piece.grads is not None or course != (0, 0) or kind != "step"
+            if piece.grads is not None or event[:2] != (0, 0) or kind != "step" or (picks and self._cycles)
         ]
 
-    def _pipeline(self, piece: Piece, kind: str, course: tuple[int, int], zeroes: bool) -> Any:
+    def _pipeline(self, piece: Piece, kind: str, event: Event, zeroes: bool, decides: bool) -> Any:
         """The pipeline for a piece."""
         of = piece.chunk.kind
+        picks = decides and self._drops
         form = {
             "kind": kind,
             "optimal": self._optimal,
@@ -328,18 +444,26 @@ class Engine:
             "zeroes": zeroes,
             "written": piece.written,
             "limit": self._limit is not None,
-            "control": False,
-            "course": course,
+            "control": decides,
+            "course": None if picks else event[:2],
+            "measures": event[2],
             "quads": piece.quads,
-            "words": 0,
+            "words": self._decisions.row // 4 if picks and self._decisions else 0,
         }
-        return Device.of(self._device).pipeline(self._device, _kinds(piece, zeroes), of.kernel, self._cycles, form)
+        kinds = _kinds(piece, zeroes, decides, picks)
+        return Device.of(self._device).pipeline(self._device, kinds, of.kernel, self._cycles, form)
 
-    def _bound(self, piece: Piece, zeroes: bool) -> Any:
+    def _bound(self, piece: Piece, zeroes: bool, decides: bool) -> Any:
         """The bind group of a piece."""
-        key = self._slots.buffer, zeroes
+        picks = decides and self._drops
+        slots, others = self._slots, _NO_OTHERS
+        if decides and self._decisions is not None:
+            slots = self._decisions.slots if picks else self._slots
+            others = self._decisions.others()
+        key = slots.buffer, zeroes, *others
         if piece.bound_for != key:
-            piece.bound = bind(self._device, piece, _kinds(piece, zeroes), self._slots.buffer, self._slots.stride, [])
+            kinds = _kinds(piece, zeroes, decides, picks)
+            piece.bound = bind(self._device, piece, kinds, slots.buffer, slots.stride, others)
             piece.bound_for = key
         return piece.bound
 
@@ -354,6 +478,7 @@ class Engine:
     def set_groups(self, of_group: Sequence[int], groups: Sequence[Mapping[str, Any]]) -> None:
         """Takes other groups from the next step on, with the same arrays for each leaf."""
         with _Call(self, inside=True):
+            self._settle()
             of_leaf = self._of_leaf()
             self._set(groups, self._scale)
             self._of_group = list(of_group)
@@ -375,6 +500,7 @@ class Engine:
         """Puts the slow weights into params; returns which entry this is."""
         with _Call(self):
             self._check_unmapped()
+            self._settle()
             saved: list[Any] = []
             if self._has_slow():
                 self._check_copies()
@@ -434,6 +560,7 @@ class Engine:
         """Read-only copies of each leaf's slow weights as they are now."""
         with _Call(self, inside=True):
             self._check_readable()
+            self._settle()
             if self._shown is not None or not self._has_slow():
                 found = self._store.params()
             elif self._cycles:
@@ -481,6 +608,7 @@ class Engine:
         """Copies of each leaf's parameter and of what is kept for it, and the counters."""
         with _Call(self):
             self._check_readable()
+            self._settle()
             arrays = [[own, *rows] for own, rows in zip(self._store.params(), self._store.rows(), strict=True)]
             now = self._now()
             counters = {
@@ -490,6 +618,9 @@ class Engine:
                 "carry": NO_CARRY,
                 "leaves": self._of_leaf(),
             }
+            if self._decisions is not None and self._scales:
+                found = self._decisions.read()
+                counters["loss_scale"] = [found.loss_scale, found.good]
             return arrays, counters
 
     def restore(
@@ -502,13 +633,25 @@ class Engine:
         """Takes what `dump` gives, of this engine or of the CPU's."""
         with _Call(self):
             self._check_readable(COPY_DST)
+            self._settle()
             self._store.check(arrays)
             steps, cycles, of_leaf = counters_of(counters)
             self._set(groups, self._scale)
             self._store.write(arrays)
             self._of_group = list(of_group)
+            self._take_decisions(counters)
             self._begin(Counters(steps, cycles, ()), of_leaf)
-            self._slow_step = None
+            self._slow_step, self._measured = None, False
+
+    def _take_decisions(self, counters: Mapping[str, Any]) -> None:
+        """Takes what the GPU counts by itself."""
+        self._known = _Known(counters["skipped"], None, None)
+        if self._decisions is not None:
+            found = self._decisions.read()
+            scale, good = counters.get("loss_scale", (found.loss_scale, found.good))
+            self._decisions.write(
+                found._replace(loss_scale=scale, inverse=1 / scale, good=good, skipped=counters["skipped"])
+            )
 
     def _check_readable(self, usage: int = COPY_SRC) -> None:
         self._check_unmapped()
@@ -594,10 +737,11 @@ def _close(encoder: Any, pass_: Any, into: Any, device: Any) -> None:
         device.queue.submit([encoder.finish()])
 
 
-def _kinds(piece: Piece, zeroes: bool) -> tuple[str, ...]:
+def _kinds(piece: Piece, zeroes: bool, decides: bool, picks: bool) -> tuple[str, ...]:
     """The kinds of the bindings of a piece."""
     grads = "" if piece.grads is None else "storage" if zeroes or piece.written else "read-only-storage"
-    return "uniform*", "uniform", "storage", grads, "storage" if piece.chunk.rows is not None else ""
+    own = "uniform*", "uniform", "storage", grads, "storage" if piece.chunk.rows is not None else ""
+    return (*own, "read-only-storage", "read-only-storage" if picks else "", "storage") if decides else own
 
 
 def _bytes(piece: Piece) -> tuple[int, int]:
@@ -626,6 +770,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
             'nonfinite="raise" would have to wait for the GPU at every step: take "skip", which the GPU decides '
             "itself, and look at read_stats()"
         )
+    if options["loss_scale"] is not None and not isinstance(options["loss_scale"], LossScale):
+        raise TypeError(f"loss_scale must be a lookstep.gpu.LossScale, got {type(options['loss_scale']).__name__}")
     for name in ("centralize", "state_dtype"):
         if options[name] is not None:
             raise ValueError(f"{name} is for NumPy arrays: GPU arrays have no shader for it")
