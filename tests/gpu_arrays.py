@@ -39,7 +39,9 @@ class Pair:
         self.moved = {k: np.zeros(v.shape) for k, v in self.cpu.items()}
         if apart:
             self.params = {k: view(v, dtype) for k, v in self.cpu.items()}
-            self.grads = {k: view(np.zeros_like(v), grads_dtype or dtype) for k, v in self.cpu.items()}
+            self.grads = {
+                k: view(np.zeros(v.shape, self.grads_dtype), grads_dtype or dtype) for k, v in self.cpu.items()
+            }
         else:
             arena = ls.gpu.Arena(device(), shapes, dtype, grads_dtype=grads_dtype)
             self.params, self.grads = arena.params, arena.grads
@@ -61,8 +63,9 @@ class Pair:
         before = {k: v.astype("f8") for k, v in self.cpu.items()}
         self.on_cpu.step({k: None if k in missing else v for k, v in grads.items()}, **keywords)
         self.on_gpu.step({k: None if k in missing else v for k, v in self.grads.items()}, **keywords)
-        for k, v in self.cpu.items():
-            self.moved[k] += abs(v.astype("f8") - before[k])
+        with np.errstate(invalid="ignore"):
+            for k, v in self.cpu.items():
+                self.moved[k] += abs(v.astype("f8") - before[k])
 
     def download(self):
         return {k: ls.gpu.arrays.read(v) for k, v in self.params.items()}

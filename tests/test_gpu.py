@@ -134,7 +134,7 @@ def test_any_size_and_offset_is_stepped_and_nothing_beside_it(size, dtype):
 
 
 def test_ten_steps_in_one_submission_are_ten_submissions():
-    rule = ls.Lookahead(ls.NAdam(lr=Linear(0.1, 0.01, 20)), 3)
+    rule = ls.Lookahead(ls.NAdam(lr=Linear(0.1, 0.01, steps=20)), 3)
     one, ten = (Pair(rule, SHAPES) for _ in range(2))
     grads = one.gradients()
     one.upload(grads)

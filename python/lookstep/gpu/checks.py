@@ -52,17 +52,19 @@ def check_grad(name: str, grad: View, param: View) -> None:
 
 
 def check_apart(found: Iterable[tuple[str, View]]) -> None:
-    """Refuses arrays that share memory."""
-    by_buffer: dict[Any, list[tuple[int, int, str]]] = {}
-    for name, view in found:
+    """Refuses arrays that share memory, of which the later one is named first."""
+    by_buffer: dict[Any, list[tuple[int, int, int, str]]] = {}
+    for number, (name, view) in enumerate(found):
         if view.nbytes:
             # Elements of 16 bits are written in pairs.
-            by_buffer.setdefault(view.buffer, []).append((view.offset, view.offset + -(-view.nbytes // 4) * 4, name))
+            end = view.offset + -(-view.nbytes // 4) * 4
+            by_buffer.setdefault(view.buffer, []).append((view.offset, end, number, name))
     for ranges in by_buffer.values():
         ranges.sort()
-        for (_, end, name), (start, _, other) in pairwise(ranges):
+        for (_, end, *one), (start, _, *other) in pairwise(ranges):
             if start < end:
-                raise ValueError(f"{other} shares memory with {name}: give each bytes of its own")
+                (_, earlier), (_, later) = sorted([one, other])
+                raise ValueError(f"{later} shares memory with {earlier}: give each bytes of its own")
 
 
 def check_into(into: Any, device: Any) -> None:

@@ -245,7 +245,7 @@ class Engine:
             if into is not None:
                 check_into(into, self._device)
             grads = tuple(grads)
-            if grads != self._grads:
+            if not self._has_taken(grads):
                 self._take_grads(grads)
             for buffer in self._buffers:
                 if buffer.map_state != "unmapped":
@@ -282,6 +282,13 @@ class Engine:
         self._measured = event[2]
         if event[1] and not event[2] and not self._drops:
             self._slow_step = self._groups[0]["slow_steps"][0]
+
+    def _has_taken(self, grads: tuple[Any, ...]) -> bool:
+        """Whether these are the gradients of the last step."""
+        try:
+            return grads == self._grads
+        except ValueError:  # NumPy's arrays are not compared as a whole.
+            return False
 
     def _take_grads(self, grads: Sequence[Any]) -> None:
         """Checks gradients, and makes pieces for them."""
