@@ -4,13 +4,18 @@
 //! optimizer keeps of a run lies in one buffer, row after row, so that few buffers are bound. Where the host knows
 //! which cycles begin and end, a shader has the lines for these alone.
 
+mod element;
+mod lanes;
+mod row;
+
 use std::fmt::Write;
 
 use crate::element::Dtype;
 use crate::kernel::Kernel;
-use crate::lookahead::{Blend, Cycle, InnerState};
-use crate::rule::{CARRY, SUMS};
-use crate::step::{CycleRows, Rows};
+use crate::lookahead::Cycle;
+use crate::step::Rows;
+use element::{Kept, load};
+pub use row::Row;
 
 /// Threads of a workgroup.
 pub const THREADS: usize = 64;
@@ -37,6 +42,7 @@ pub enum Course {
 
 /// What a shader is for.
 #[derive(Clone)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct Form<'a> {
     /// The rule.
     pub kernel: &'a Kernel<f32>,
@@ -66,46 +72,6 @@ pub struct Form<'a> {
     pub quads: bool,
     /// Words of a row of the table, in which other rules may have more than this one.
     pub words: usize,
-}
-
-/// Row numbers that are read or written, in order, and how they are called.
-struct Kept {
-    names: Vec<String>,
-    read: Vec<bool>,
-    written: Vec<bool>,
-    text: String,
-}
-
-impl Kept {
-    fn new(kernel: &Kernel<f32>, rows: &Rows) -> Self {
-        // Names of the rule's arrays are in its body; those of all others must not be.
-        let name = |(row, name): (usize, &String)| match kernel.state.get(row) {
-            Some(state) => (*state).to_owned(),
-            None => format!("kept_{}", name.replace('.', "_")),
-        };
-        let names: Vec<_> = rows.names.iter().enumerate().map(name).collect();
-        Self {
-            read: vec![false; names.len()],
-            written: vec![false; names.len()],
-            text: String::new(),
-            names,
-        }
-    }
-
-    fn get(&mut self, row: usize) -> String {
-        self.read[row] |= !self.written[row];
-        self.names[row].clone()
-    }
-
-    fn set(&mut self, row: usize, value: &str) {
-        self.written[row] = true;
-        let name = &self.names[row];
-        let _ = writeln!(self.text, "        {name} = {value};");
-    }
-
-    fn line(&mut self, line: &str) {
-        let _ = writeln!(self.text, "        {line}");
-    }
 }
 
 impl Form<'_> {
@@ -141,7 +107,7 @@ impl Form<'_> {
     pub fn step(&self) -> String {
         let rows = self.rows();
         let mut kept = Kept::new(self.kernel, &rows);
-        self.load(&rows, &mut kept);
+        load(&rows, &mut kept);
         match self.course {
             Course::Known { starting, ending } => {
                 for depth in 0..starting {
@@ -161,138 +127,6 @@ impl Form<'_> {
             kept.set(master, "p");
         }
         self.around(&kept)
-    }
-
-    /// The same where the GPU decides; what is read before it is written on one way only is read on all.
-    fn decided(&self, rows: &Rows, kept: &mut Kept) {
-        let depths = 0..rows.cycles.len();
-        for depth in depths.clone() {
-            kept.line(&format!("if row.starting > {depth}u {{"));
-            self.start(&rows.cycles[depth], kept);
-            kept.line("}");
-        }
-        if rows.gradient.is_some() {
-            kept.line("if row.starting > 0u {");
-            self.note_gradient(true, rows, kept);
-            kept.line("}");
-        }
-        if self.optimal {
-            kept.line("if (row.flags & 2u) == 0u {");
-        }
-        self.update(kept);
-        if self.optimal {
-            kept.line("}");
-        }
-        for depth in depths {
-            kept.line(&format!("if row.ending > {depth}u {{"));
-            self.sync(depth, rows, kept);
-            kept.line("}");
-        }
-        for row in 0..kept.names.len() {
-            kept.read[row] |= kept.written[row];
-        }
-    }
-
-    /// Weights in full in place of those that were stored in 16 bits.
-    fn load(&self, rows: &Rows, kept: &mut Kept) {
-        if let Some(master) = rows.master {
-            let master = kept.get(master);
-            kept.line(&format!("p = adopted(p, {master});"));
-        }
-    }
-
-    fn start(&self, cycle: &CycleRows, kept: &mut Kept) {
-        for &(now, before) in &cycle.weights {
-            let now = kept.get(now);
-            kept.set(before, &format!("select({now}, p, (row.flags & 1u) == 1u)"));
-        }
-        if self.keeps_slow() {
-            let slow = kept.get(cycle.slow);
-            kept.set(cycle.slow, &format!("adopted(p, {slow})"));
-        } else {
-            kept.set(cycle.slow, "p");
-        }
-    }
-
-    fn note_gradient(&self, starts: bool, rows: &Rows, kept: &mut Kept) {
-        if let Some(row) = rows.gradient.filter(|_| starts) {
-            let gradient = match (self.grads, self.control) {
-                (None, _) => "0.0",
-                (Some(_), true) => "g * (1.0 / control.clip)",
-                (Some(_), false) => "g",
-            };
-            kept.set(row, gradient);
-        }
-    }
-
-    fn update(&self, kept: &mut Kept) {
-        if self.grads.is_none() {
-            return;
-        }
-        let states = self.kernel.state.len();
-        for row in 0..states {
-            kept.get(row);
-        }
-        kept.line("{");
-        self.scalars(kept);
-        kept.line(&body(self.kernel.body));
-        kept.line("}");
-        for row in 0..states {
-            let name = kept.names[row].clone();
-            kept.set(row, &format!("stored({name})"));
-        }
-        kept.line("p = fence(p);");
-    }
-
-    fn sync(&self, depth: usize, rows: &Rows, kept: &mut Kept) {
-        let (cycle, of) = (&rows.cycles[depth], &self.cycles[depth]);
-        let slow = kept.get(cycle.slow);
-        kept.line(&format!("let level_{depth} = {};", self.level(depth)));
-        let part = |fast: &str, slow: &str| format!("blend({fast}, {slow}, level_{depth})");
-        if let (Some(outer), Some(u)) = (of.outer, cycle.momentum) {
-            let u_name = kept.get(u);
-            kept.line(&format!("let way_{depth} = fence({slow} - p);"));
-            kept.set(
-                u,
-                &format!("fence(level_{depth}.decay * {u_name} + way_{depth})"),
-            );
-            let along = if outer.nesterov {
-                format!("(way_{depth} + level_{depth}.decay * {u_name})")
-            } else {
-                u_name
-            };
-            kept.line(&format!("p = {slow} - level_{depth}.step * {along};"));
-        } else {
-            kept.line(&format!("p = {};", part("p", &slow)));
-        }
-        for &row in &cycle.reset {
-            kept.set(row, "0.0");
-        }
-        if of.inner_state == InnerState::Pullback {
-            for &(now, before) in cycle.pulled.iter().chain(&cycle.weights) {
-                let (name, was) = (kept.get(now), kept.get(before));
-                kept.set(now, &part(&name, &was));
-                kept.set(before, &name);
-            }
-            for &(now, before) in &cycle.follows {
-                let name = kept.get(now);
-                kept.set(before, &name);
-            }
-        }
-        kept.line("p = fence(p);");
-        if self.keeps_slow() {
-            for within in &rows.cycles[..=depth] {
-                kept.set(within.slow, "p");
-            }
-        }
-    }
-
-    /// The level of Lookahead that ends, in which the slow step may be a measured one.
-    fn level(&self, depth: usize) -> String {
-        if self.optimal && self.control && depth == 0 {
-            return "chosen(row.level_0)".into();
-        }
-        format!("row.level_{depth}")
     }
 
     /// The shader that shows the weights to evaluate in place of the parameters, or takes them away again.
@@ -329,24 +163,6 @@ impl Form<'_> {
         let own = self.store("p", self.params, "p_array", "piece.p");
         let given = self.store("p", Dtype::F32, "g_array", "piece.g");
         self.around(&kept).replace(&own, &given)
-    }
-
-    fn evaluate(&self, rows: &Rows, kept: &mut Kept) {
-        self.load(rows, kept);
-        if self.kernel.evaluated.is_empty() {
-            return;
-        }
-        for row in 0..self.kernel.state.len() {
-            kept.get(row);
-        }
-        self.scalars(kept);
-        kept.line(&format!("p = {};", body(self.kernel.evaluated)));
-    }
-
-    fn scalars(&self, kept: &mut Kept) {
-        for name in self.kernel.names {
-            kept.line(&format!("let {name} = row.{name};"));
-        }
     }
 
     /// The shader that adds up what is asked of the gradients, a number of sums for each chunk of elements.
@@ -393,15 +209,10 @@ impl Form<'_> {
 
     /// What comes before the body of any shader of this form.
     fn head(&self, rows: usize) -> String {
-        let levels: String = (0..self.cycles.len())
-            .map(|depth| format!("    level_{depth}: Level,\n"))
-            .collect();
-        let scalars: String = self
-            .kernel
-            .names
-            .iter()
-            .map(|name| format!("    {name}: f32,\n"))
-            .collect();
+        let levels = joined(0..self.cycles.len(), |depth| {
+            format!("    level_{depth}: Level,\n")
+        });
+        let scalars = joined(self.kernel.names, |name| format!("    {name}: f32,\n"));
         let own = 4 + 4 * self.cycles.len() + self.kernel.names.len();
         let scalars = match self.words.saturating_sub(own) {
             more if more > 0 && self.is_decided() => {
@@ -527,15 +338,11 @@ impl Form<'_> {
             .filter(|&row| kept.read[row] || kept.written[row])
             .collect();
         let mut text = self.head(used.len());
-        let fields: String = used
-            .iter()
-            .map(|&row| format!("{}: f32, ", kept.names[row]))
-            .collect();
+        let fields = joined(&used, |&row| format!("{}: f32, ", kept.names[row]));
         let _ = writeln!(text, "\nstruct Element {{ p: f32, {fields}}}");
-        let vars: String = used
-            .iter()
-            .map(|&row| format!("    var {0} = before.{0};\n", kept.names[row]))
-            .collect();
+        let vars = joined(&used, |&row| {
+            format!("    var {0} = before.{0};\n", kept.names[row])
+        });
         let given = if self.grads.is_some() {
             let clip = if self.control { " * control.clip" } else { "" };
             format!(
@@ -545,10 +352,7 @@ impl Form<'_> {
         } else {
             String::new()
         };
-        let after: String = used
-            .iter()
-            .map(|&row| format!("{}, ", kept.names[row]))
-            .collect();
+        let after = joined(&used, |&row| format!("{}, ", kept.names[row]));
         let _ = write!(
             text,
             "\nfn advance(before: Element, given: f32) -> Element {{\n    var p = before.p;\n{vars}{given}{}    \
@@ -578,130 +382,6 @@ impl Form<'_> {
         text += &self.zero("    ");
         text + "}\n"
     }
-
-    /// Loads elements, and advances each.
-    fn load_lanes(&self, kept: &Kept, used: &[usize], text: &mut String) {
-        let mut load = |name: &str, dtype: Dtype, at: &str, array: &str| {
-            let unit = match (self.quads, dtype.is_narrow()) {
-                (true, _) => 4,
-                (false, true) => 2,
-                (false, false) => 1,
-            };
-            let many = self.lanes() / unit;
-            for part in 0..many {
-                let offset = part * unit;
-                let _ = writeln!(
-                    text,
-                    "    let {name}_{part} = {array}[({at} + i + {offset}u) / {unit}u];"
-                );
-            }
-        };
-        load("p", self.params, "piece.p", "p_array");
-        if let Some(grads) = self.grads {
-            load("g", grads, "piece.g", "g_array");
-        }
-        for &row in used.iter().filter(|&&row| kept.read[row]) {
-            let at = format!("{row}u * piece.stride + piece.first");
-            load(&format!("row_{row}"), Dtype::F32, &at, "rows");
-        }
-        for lane in 0..self.lanes() {
-            let fields: String = used
-                .iter()
-                .map(|&row| {
-                    if kept.read[row] {
-                        format!(", {}", self.lane(&format!("row_{row}"), Dtype::F32, lane))
-                    } else {
-                        ", 0.0".into()
-                    }
-                })
-                .collect();
-            let p = self.lane("p", self.params, lane);
-            let g = self
-                .grads
-                .map_or("0.0".into(), |grads| self.lane("g", grads, lane));
-            let _ = writeln!(
-                text,
-                "    let e_{lane} = advance(Element({p}{fields}), {g});"
-            );
-        }
-    }
-
-    /// One of the numbers that were loaded.
-    fn lane(&self, name: &str, dtype: Dtype, lane: usize) -> String {
-        let parts = ["x", "y", "z", "w"];
-        match (self.quads, dtype.is_narrow()) {
-            (true, false) => format!("{name}_0.{}", parts[lane]),
-            (false, false) => format!("{name}_{lane}"),
-            (quads, true) => {
-                let word = if quads {
-                    format!("{name}_0.{}", parts[lane / 2])
-                } else {
-                    format!("{name}_0")
-                };
-                let shift = if lane % 2 == 0 { "& 0xffffu" } else { ">> 16u" };
-                format!("from_{}({word} {shift})", narrow(dtype))
-            }
-        }
-    }
-
-    fn store_lanes(&self, kept: &Kept, text: &mut String) {
-        text.push_str(&self.store("p", self.params, "p_array", "piece.p"));
-        for row in (0..kept.names.len()).filter(|&row| kept.written[row]) {
-            let at = format!("{row}u * piece.stride + piece.first");
-            text.push_str(&self.store(&kept.names[row], Dtype::F32, "rows", &at));
-        }
-    }
-
-    /// Stores a field of all elements.
-    fn store(&self, field: &str, dtype: Dtype, array: &str, at: &str) -> String {
-        let (lanes, to) = (self.lanes(), narrow(dtype));
-        let pair = |lane: usize| {
-            format!(
-                "to_{to}(e_{lane}.{field}) | (to_{to}(e_{}.{field}) << 16u)",
-                lane + 1
-            )
-        };
-        match (self.quads, dtype.is_narrow()) {
-            (true, false) => format!(
-                "    {array}[({at} + i) / 4u] = vec4(e_0.{field}, e_1.{field}, e_2.{field}, e_3.{field});\n"
-            ),
-            (true, true) => format!(
-                "    {array}[({at} + i) / 4u] = vec2({}, {});\n",
-                pair(0),
-                pair(2)
-            ),
-            // The upper half of the last word is not ours, where elements are an odd number.
-            (false, true) => format!(
-                "    {array}[({at} + i) / 2u] = select((p_0 & 0xffff0000u) | to_{to}(e_0.{field}), {}, whole);\n",
-                pair(0)
-            ),
-            (false, false) if lanes == 2 => format!(
-                "    {array}[{at} + i] = e_0.{field};\n    if whole {{\n        \
-                 {array}[{at} + i + 1u] = e_1.{field};\n    }}\n"
-            ),
-            (false, false) => format!("    {array}[{at} + i] = e_0.{field};\n"),
-        }
-    }
-
-    /// Makes gradients zero, where that is asked for.
-    fn zero(&self, indent: &str) -> String {
-        let Some(grads) = self.grads.filter(|_| self.zeroes) else {
-            return String::new();
-        };
-        let lines = match (self.quads, grads.is_narrow()) {
-            (true, false) => "g_array[(piece.g + i) / 4u] = vec4<f32>();".into(),
-            (true, true) => "g_array[(piece.g + i) / 4u] = vec2<u32>();".into(),
-            (false, true) => "g_array[(piece.g + i) / 2u] = \
-                 select(g_array[(piece.g + i) / 2u] & 0xffff0000u, 0u, whole);"
-                .into(),
-            (false, false) if self.lanes() == 2 => format!(
-                "g_array[piece.g + i] = 0.0;\n{indent}if whole {{\n{indent}    \
-                 g_array[piece.g + i + 1u] = 0.0;\n{indent}}}"
-            ),
-            (false, false) => "g_array[piece.g + i] = 0.0;".into(),
-        };
-        format!("{indent}{lines}\n")
-    }
 }
 
 /// The shader that decides what to do with a call, from all sums.
@@ -714,6 +394,13 @@ pub fn decide() -> String {
     .concat()
 }
 
+/// What `each` gives for all items, in a row.
+fn joined<T>(items: impl IntoIterator<Item = T>, each: impl Fn(T) -> String) -> String {
+    items
+        .into_iter()
+        .fold(String::new(), |text, item| text + &each(item))
+}
+
 fn narrow(dtype: Dtype) -> &'static str {
     if dtype == Dtype::F16 {
         "float16"
@@ -722,84 +409,12 @@ fn narrow(dtype: Dtype) -> &'static str {
     }
 }
 
-/// A body with names in place of builtins that WGSL has for finite numbers only.
-fn body(text: &str) -> String {
-    [("max", "larger"), ("min", "smaller"), ("sign", "signed")]
-        .iter()
-        .fold(text.to_owned(), |text, (ours, theirs)| {
-            replaced(&text, ours, theirs)
-        })
-}
-
-/// `text`, with calls of the function `from` made to `to`.
-fn replaced(text: &str, from: &str, to: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find(from) {
-        let (before, after) = (&rest[..at], &rest[at + from.len()..]);
-        let ends = |c: char| c.is_alphanumeric() || c == '_';
-        let is_call = after.trim_start().starts_with('(') && !before.ends_with(ends);
-        out += before;
-        out += if is_call { to } else { from };
-        rest = after;
-    }
-    out + rest
-}
-
-/// A row's numbers: see `Row` in wgsl/kernel.wgsl.
-#[derive(Clone, Copy)]
-pub struct Row<'a> {
-    /// The rule.
-    pub kernel: &'a Kernel<f32>,
-    /// Its hyper-parameters.
-    pub hyper: &'a [f64],
-    /// Gradients times this.
-    pub factor: f64,
-    /// The cycles around it.
-    pub cycles: &'a [Cycle],
-    /// Their slow steps.
-    pub slow_steps: &'a [f64],
-}
-
-impl Row<'_> {
-    /// The row of step `t` as bytes; what the rule carries is moved on.
-    #[must_use]
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_precision_loss,
-        reason = "what is rounded is to be rounded, and cycles are few"
-    )]
-    pub fn bytes(
-        &self,
-        t: u64,
-        starting: usize,
-        ending: usize,
-        flags: u32,
-        carry: &mut [f64; CARRY],
-    ) -> Vec<u8> {
-        let mut words = vec![
-            (self.factor as f32).to_bits(),
-            flags,
-            starting as u32,
-            ending as u32,
-        ];
-        for (cycle, &slow_step) in self.cycles.iter().zip(self.slow_steps) {
-            let rest = Blend::<f32>::new(slow_step).map_or(0.0, |_| (1.0 - slow_step) as f32);
-            let decay = cycle.outer.map_or(0.0, |outer| outer.momentum as f32);
-            words.extend([slow_step as f32, rest, decay, 0.0].map(f32::to_bits));
-        }
-        let scalars = (self.kernel.scalars)(self.hyper, t as f64, carry, [0.0; SUMS]);
-        words.extend(scalars.into_iter().map(f32::to_bits));
-        words.into_iter().flat_map(u32::to_le_bytes).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use naga::valid::{Capabilities, ValidationFlags, Validator};
 
     use super::*;
-    use crate::lookahead::Outer;
+    use crate::lookahead::{InnerState, Outer};
     use crate::rule::Scope;
     use crate::rules::Compute;
 

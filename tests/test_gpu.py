@@ -1,5 +1,8 @@
 """GPU arrays: the same rules give the same bits as on the CPU."""
 
+import doctest
+import importlib
+
 import numpy as np
 import pytest
 
@@ -208,8 +211,10 @@ def test_a_bare_buffer_is_a_leaf():
     assert np.frombuffer(device().queue.read_buffer(p), "f4").tolist() == [0.5] * 10
 
 
-def test_an_arena_is_one_dispatch():
-    pair = Pair(ls.Lookahead(ls.AdamW(), 3), {str(i): (i + 1, 3) for i in range(20)})
+@pytest.mark.parametrize("grads_dtype", DTYPES)
+def test_an_arena_is_one_dispatch(grads_dtype):
+    shapes = {str(i): (i + 1, 3) for i in range(20)}
+    pair = Pair(ls.Lookahead(ls.AdamW(), 3), shapes, grads_dtype=grads_dtype)
     pair.step()
     pair.check()
     assert len(pair.on_gpu._engine._pieces) == 1
@@ -339,3 +344,18 @@ def test_an_arena_uploads_and_downloads():
     bare = ls.gpu.Arena(device(), (3,))
     bare.upload(np.ones(3, "f4"))
     assert bare.download().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["arrays", "decisions", "device"])
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(f"lookstep.gpu.{name}")
+    failed, tried = doctest.testmod(module)
+    assert failed == 0
+    assert tried > 0
+
+
+def test_what_is_public_is_documented():
+    for name in ls.gpu.__all__:
+        public = getattr(ls.gpu, name)
+        assert public.__doc__
+        assert "Example:" in public.__doc__ or name == "Stats"

@@ -207,6 +207,15 @@ def test_memory_that_is_not_there_is_an_error():
         ls.gpu.Arena(device(), (limit,))
 
 
+def test_memory_that_runs_out_is_a_memory_error():
+    class Full:
+        def create_buffer(self, **_):
+            raise wgpu.GPUOutOfMemoryError("no")
+
+    with pytest.raises(MemoryError, match="the GPU has no 8 bytes for the optimizer's state"):
+        ls.gpu.device.make_buffer(Full(), 8, 0, "the optimizer's state")
+
+
 def run(script, **environment):
     """Runs a script in a process of its own."""
     done = subprocess.run(

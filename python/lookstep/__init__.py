@@ -36,7 +36,7 @@ from .rules import (
 )
 
 if TYPE_CHECKING:
-    from . import gpu
+    from . import gpu as gpu
 
 __all__ = [
     "ASGD",
@@ -66,7 +66,6 @@ __all__ = [
     "Signum",
     "Yogi",
     "__version__",
-    "gpu",
     "schedules",
 ]
 

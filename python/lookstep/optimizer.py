@@ -41,7 +41,7 @@ class Optimizer(Generic[Params]):
 
     Args:
         params: a NumPy array of dtype float16, bfloat16, float32 or float64, or a list, tuple or dict of such, to any
-            depth.
+            depth. Or arrays on the GPU: a `lookstep.gpu.View`, a `wgpu.GPUBuffer` of float32, or a tree of these.
         rule: what a step does: `SGD`, `Adam`, ... or `Lookahead` around one of them.
         groups: what is different for some leaves: pairs of a regular expression, searched for in a leaf's path
             ("encoder/w"), and a dict of the inner rule's hyper-parameters, of `slow_step`, or `{"frozen": True}`, which
@@ -358,7 +358,7 @@ class Optimizer(Generic[Params]):
     @property
     def control(self) -> Any:
         """The buffer of what the GPU decides: its first float32 is the loss scale; `None` where it decides nothing."""
-        return self._gpu and self._gpu.control
+        return None if self._gpu is None else self._gpu.control
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run is: copies of parameters and state, counters, the rule, groups and options.

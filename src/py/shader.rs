@@ -15,6 +15,7 @@ use crate::wgsl::{self, Course, Form, Row};
 /// A shader, as Python describes it: see [`Form`].
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
+#[allow(clippy::struct_excessive_bools, reason = "as Form")]
 pub struct FormSpec {
     kind: String,
     optimal: bool,

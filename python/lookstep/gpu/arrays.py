@@ -161,11 +161,14 @@ class Arena:
         self._structure = Structure(tree if isinstance(tree, list | tuple | dict) else np.empty(0))  # A bare shape.
         shapes = [leaf.shape for leaf in self._structure.leaves(tree, "tree_of_shapes")]
         self.device = device
-        self.params = self._views(kinds[0], shapes, "params")
-        self.grads = self._views(kinds[1], shapes, "grads")
+        # As many elements apart in both, whatever the formats: a step goes over all of them at once.
+        elements = ALIGN // min(kind.itemsize for kind in kinds)
+        rooms = [_up(math.prod(shape), elements) for shape in shapes]
+        self.params = self._views(kinds[0], shapes, rooms, "params")
+        self.grads = self._views(kinds[1], shapes, rooms, "grads")
 
-    def _views(self, dtype: np.dtype[Any], shapes: list[tuple[int, ...]], what: str) -> Any:
-        rooms = [_up(math.prod(shape) * dtype.itemsize, ALIGN) for shape in shapes]
+    def _views(self, dtype: np.dtype[Any], shapes: list[tuple[int, ...]], elements: list[int], what: str) -> Any:
+        rooms = [n * dtype.itemsize for n in elements]
         size, most = max(sum(rooms), ALIGN), Device.of(self.device).buffer
         if size > most:
             raise ValueError(f"{what} of {size} bytes are more than a buffer of this device may hold, {most}")

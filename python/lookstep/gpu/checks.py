@@ -33,8 +33,6 @@ def check_params(names: Sequence[str], views: Sequence[View]) -> Any:
             raise ValueError(f"{name} is on another device than {names[0]}")
         check_usage(name, view, STORAGE, "so that shaders can write it")
         check_unmapped(name, view)
-        if view.buffer.usage & (wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.MAP_WRITE):
-            raise ValueError(f"{name} must be in a buffer that cannot be mapped")
     check_apart([(name, view) for name, view in zip(names, views, strict=True)])
     return device
 

@@ -131,13 +131,15 @@ class Decisions:
 
     def append(self, rows: bytes, lowest: int) -> None:
         """Adds rows of steps to the table, of which those before `lowest` cannot be any more."""
+        if not rows:
+            return
         stride = self.row * self._histories
         at = len(self._rows)
         self._rows += rows
         if len(self._rows) > self._capacity * stride:
             del self._rows[: (lowest - self._base) * stride]
             self._base, at = lowest, 0
-            self._capacity = max(SLOTS, 2 * len(self._rows) // max(stride, 1))
+            self._capacity = max(SLOTS, 2 * len(self._rows) // stride)
             self.table = make_buffer(self._device, self._capacity * stride, STORAGE | COPY_DST, "rows of uniforms")
         self._device.queue.write_buffer(self.table, at, bytes(self._rows[at:]))
 

@@ -204,7 +204,7 @@ class Engine:
     @property
     def control(self) -> Any:
         """The buffer of what the GPU decides; none where it decides nothing."""
-        return self._decisions and self._decisions.buffer
+        return None if self._decisions is None else self._decisions.buffer
 
     def stats(self) -> Stats:
         """The counters, as the GPU has them: it waits for it, where it decides."""
