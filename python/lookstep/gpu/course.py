@@ -58,11 +58,16 @@ class Course:
         self.histories = histories
         self.scale = scale
         self.events: list[Event] = []
-        self._counters = [start]
+        self._counters: list[Any] = [start]
 
     def counters(self, index: int) -> Counters:
         """The counters before call `index`."""
-        return self._counters[index]
+        return Counters(*self._counters[index])
+
+    def steps(self, index: int) -> int:
+        """The steps before call `index`."""
+        steps: int = self._counters[index][0]
+        return steps
 
     def forget(self, count: int) -> None:
         """Leaves out the first calls."""
@@ -71,14 +76,14 @@ class Course:
     def foresee(self, count: int, stride: int) -> bytes:
         """Adds calls; returns the rows of uniforms of all histories, call by call, each of `stride` bytes at least."""
         rows: bytes
-        rows, events, after = self._ask("step", self._counters[-1], count, stride)
+        rows, events, after = self._ask("step", self.counters(-1), count, stride)
         self.events += events
-        self._counters += [Counters(*counters) for counters in after]
+        self._counters += after
         return rows
 
     def once(self, call: str, index: int, stride: int) -> tuple[bytes, Event, Counters]:
         """The rows of a "sync" or a "look" in place of call `index`, what it does, and the counters after it."""
-        rows, (event,), (after,) = self._ask(call, self._counters[index], 1, stride)
+        rows, (event,), (after,) = self._ask(call, self.counters(index), 1, stride)
         return rows, event, Counters(*after)
 
     def _ask(self, call: str, now: Counters, count: int, stride: int) -> Any:

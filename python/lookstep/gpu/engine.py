@@ -148,6 +148,7 @@ class Engine:
         scale = 1.0 if self._drops else self._scale
         self._course = Course(self._cycles, self._optimal, self._groups, histories, scale, start)
         self._at, self._horizon = 0, 1
+        self._event_bytes = len(histories) * self._slots.stride
         if self._decisions is not None:
             self._decisions.begin(self._origin, len(histories))
 
@@ -173,12 +174,12 @@ class Engine:
     @property
     def steps(self) -> int:
         """Steps applied so far."""
-        return self._now().steps
+        return self._course.steps(0 if self._drops else self._at)
 
     @property
     def next_step(self) -> int:
         """The number of the next step, counted from 0, where none is dropped."""
-        return self._course.counters(self._at).steps
+        return self._course.steps(self._at)
 
     @property
     def syncs(self) -> int:
@@ -241,7 +242,8 @@ class Engine:
         into: Any = None,
     ) -> None:
         """Moves every leaf by its gradient, and syncs where that ends a cycle; with `into`, records that alone."""
-        with _Call(self):
+        _take(self, False)
+        try:
             if into is not None:
                 check_into(into, self._device)
             grads = tuple(grads)
@@ -256,12 +258,15 @@ class Engine:
                 self._foresee(1 if hyper is not None else self._horizon)
             event = self._course.events[self._at]
             if self._decisions is None:
-                self._run("step", self._pieces, self._place(), event, zero_grads, into)
+                byte = self._first + self._at * self._event_bytes
+                self._run("step", self._pieces, byte, event, zero_grads, into)
             else:
                 self._decide(event, zero_grads, into)
             self._at += 1
             if event[1]:
                 self._note_slow_step(event)
+        finally:
+            self._lock.release()
 
     def sync(self, hyper: Any = None) -> None:
         """Ends the cycle now, where one has begun."""
@@ -369,10 +374,6 @@ class Engine:
         rows = self._course.foresee(count, self._slots.stride)
         self._first = self._slots.write(rows) if rows else 0
 
-    def _place(self) -> int:
-        """The byte of this event's first row."""
-        return self._first + self._at * len(self._course.histories) * self._slots.stride
-
     def _once(self, call: str) -> tuple[int, Event, Counters]:
         """Writes the rows of a call that was not foreseen; returns the byte of the first."""
         self._settle()
@@ -405,7 +406,7 @@ class Engine:
         assert decisions is not None
         low = self._groups[0]["slow_steps"][0] if self._optimal else 0.0
         call = decisions.call(self._scale, self._sums, event[2] and not self._drops, low)
-        first = call if self._drops else self._place()
+        first = call if self._drops else self._first + self._at * self._event_bytes
         course = (0, 0, False) if self._drops else event
         added = [piece for piece in self._pieces if piece.grads is not None or self._optimal]
         sums = self._dispatches("reduce", added, course, zeroes)
@@ -708,24 +709,28 @@ class _Call:
 
     def __enter__(self) -> None:
         """Takes the engine."""
-        engine = self._engine
-        if engine._process != os.getpid():
-            raise RuntimeError("this optimizer's GPU belongs to the process that was forked: build another one here")
-        if not engine._lock.acquire(blocking=False):
-            raise RuntimeError("this optimizer is in the middle of another call")
-        if engine._shown is not None and not self._inside:
-            try:
-                # A context that could not put them back when it ended gets another chance.
-                if engine._abandoned != engine._entries:
-                    raise RuntimeError(_INSIDE)
-                engine._leave()
-            except BaseException:
-                engine._lock.release()
-                raise
+        _take(self._engine, self._inside)
 
     def __exit__(self, *_: object) -> None:
         """Gives it back."""
         self._engine._lock.release()
+
+
+def _take(engine: Engine, inside: bool) -> None:
+    """Takes the engine for a call that params may hold the slow weights in, or not."""
+    if engine._process != os.getpid():
+        raise RuntimeError("this optimizer's GPU belongs to the process that was forked: build another one here")
+    if not engine._lock.acquire(blocking=False):
+        raise RuntimeError("this optimizer is in the middle of another call")
+    if engine._shown is not None and not inside:
+        try:
+            # A context that could not put them back when it ended gets another chance.
+            if engine._abandoned != engine._entries:
+                raise RuntimeError(_INSIDE)
+            engine._leave()
+        except BaseException:
+            engine._lock.release()
+            raise
 
 
 def _opened(into: Any, device: Any) -> tuple[Any, Any]:
