@@ -77,12 +77,14 @@ class Digits(NamedTuple):
         )
         return cls(x, y, x_val, y_val)
 
+    def order(self, rng: np.random.Generator) -> Array:
+        """The training set in a new order, a row a minibatch; the few digits that fill none wait for the next epoch."""
+        return rng.permutation(len(self.x))[: len(self.x) // BATCH * BATCH].reshape(-1, BATCH)
+
     def epoch(self, rng: np.random.Generator) -> Iterator[tuple[Array, Array]]:
-        """Minibatches of the training set in a new order; the few digits that fill none wait for the next epoch."""
-        order = rng.permutation(len(self.x))
-        x, y = self.x[order], self.y[order]
-        for start in range(0, len(x) - BATCH + 1, BATCH):
-            yield x[start : start + BATCH], y[start : start + BATCH]
+        """Minibatches of the training set in a new order."""
+        for rows in self.order(rng):
+            yield self.x[rows], self.y[rows]
 
 
 class MLP:
