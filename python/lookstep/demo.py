@@ -6,12 +6,12 @@ at learning rates from too low to too high. Every number of the report comes fro
 """
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -50,7 +50,7 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Lookahead on handwritten digits</title>
+<title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }}
@@ -61,20 +61,23 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #8886; text-align: right; white-space: pre-line; }}
 :is(th, td):nth-child(-n+2) {{ text-align: left; }}
 </style>
-<h1>Lookahead on handwritten digits</h1>
-<p>A small network learns scikit-learn's scans of handwritten digits: by each rule as it is, and inside Lookahead
-(<a href="https://arxiv.org/abs/1907.08610">Zhang, Lucas, Hinton &amp; Ba, 2019</a>). From each seed, every rule gets
-the same first weights and the same order of digits.</p>
-<p>Expected is that Lookahead helps, and narrows the spread between seeds, where the learning rate is too high; that it
-costs progress where the rate is too low or the run short; and that it makes no difference where the rate is right.
-Below is what this run shows: all numbers are its own, and "higher" and "lower" are said beyond two standard errors
-only.</p>
+<h1>{title}</h1>
+{intro}
 <div><table><thead><tr>{head}</tr></thead><tbody>
 {body}</tbody></table></div>
 <p><small>{note}</small></p>
 {figures}<p><small>{facts}</small></p>
 </html>
 """
+TITLE = "Lookahead on handwritten digits"
+INTRO = """\
+<p>A small network learns scikit-learn's scans of handwritten digits: by each rule as it is, and inside Lookahead
+(<a href="https://arxiv.org/abs/1907.08610">Zhang, Lucas, Hinton &amp; Ba, 2019</a>). From each seed, every rule gets
+the same first weights and the same order of digits.</p>
+<p>Expected is that Lookahead helps, and narrows the spread between seeds, where the learning rate is too high; that it
+costs progress where the rate is too low or the run short; and that it makes no difference where the rate is right.
+Below is what this run shows: all numbers are its own, and "higher" and "lower" are said beyond two standard errors
+only.</p>"""
 
 
 @contextmanager
@@ -186,16 +189,40 @@ def captions(results: Results) -> dict[str, tuple[str, list[str]]]:
     return {"accuracy": accuracy, "losses": losses, "cycle": path}
 
 
-def write_page(results: Results, facts: str, out: Path) -> None:
-    """Writes `index.html`, which needs nothing but the pictures beside it."""
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in results.rows())
-    figures = ""
-    for name, (what, shown) in captions(results).items():
-        figures += f'<figure><img src="{name}.png" alt="{escape(what)}">\n<figcaption><p>{escape(what)}</p>\n<ul>\n'
-        figures += "".join(f"<li>{escape(line)}</li>\n" for line in shown) + "</ul></figcaption></figure>\n"
-    page = PAGE.format(head=head, body=body, figures=figures, facts=escape(facts), note=escape(NOTE))
-    (out / "index.html").write_text(page, encoding="utf-8")
+class Report(NamedTuple):
+    """A table and pictures: for the terminal, and as a page that needs nothing but the pictures beside it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str]]
+    note: str
+
+    def write(self, path: Path, intro: str, pictures: dict[str, tuple[str, list[str]]], facts: str) -> None:
+        """Writes the page; of each picture it says what it is of, and what it shows."""
+        head = "".join(f"<th>{column}</th>" for column in self.columns)
+        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in self.rows)
+        figures = ""
+        for name, (what, shown) in pictures.items():
+            figures += f'<figure><img src="{name}.png" alt="{escape(what)}">\n<figcaption><p>{escape(what)}</p>\n<ul>\n'
+            figures += "".join(f"<li>{escape(line)}</li>\n" for line in shown) + "</ul></figcaption></figure>\n"
+        note, facts = escape(self.note), escape(facts)
+        page = PAGE.format(title=self.title, intro=intro, head=head, body=body, note=note, figures=figures, facts=facts)
+        path.write_text(page, encoding="utf-8")
+
+    def show(self, console: Console) -> None:
+        """Prints the table."""
+        table = Table(title=self.title, caption=self.note, caption_justify="left", box=box.SIMPLE_HEAD)
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i > 1 else "left", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def make_console() -> Console:
+    """The terminal's, or 100 columns where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
 
 
 def run(out: Path, *, quick: bool = False, seed: int = 0) -> None:
@@ -212,14 +239,12 @@ def run(out: Path, *, quick: bool = False, seed: int = 0) -> None:
     """
     start = perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
+    console = make_console()
     seeds, epochs = (3, 4) if quick else (8, 20)
     # Threads only cost time on arrays this small; and where the rate is too high, training may well diverge.
     with threadpool_limits(1), np.errstate(over="ignore", invalid="ignore"):
-        with progress(console, len(TASKS)) as report:
-            results = measure(seed, seeds, epochs, report)
+        with progress(console, len(TASKS)) as tell:
+            results = measure(seed, seeds, epochs, tell)
         draw(results, out)
     seconds = f"{perf_counter() - start:.0f} s"
 
@@ -230,12 +255,7 @@ def run(out: Path, *, quick: bool = False, seed: int = 0) -> None:
         f"{platform.python_version()}, NumPy {np.__version__}, scikit-learn {sklearn.__version__}, matplotlib "
         f"{matplotlib.__version__}, {platform.system()} {platform.machine()}."
     )
-    write_page(results, facts, out)
-
-    table = Table(title="Lookahead on handwritten digits", caption=NOTE, caption_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if i > 1 else "left", no_wrap=True)
-    for row in results.rows():
-        table.add_row(*row)
-    console.print(table)
+    report = Report(TITLE, COLUMNS, results.rows(), NOTE)
+    report.write(out / "index.html", INTRO, captions(results), facts)
+    report.show(console)
     console.print(f"{out / 'index.html'}, after {seconds}", soft_wrap=True, highlight=False)
