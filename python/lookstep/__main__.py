@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from . import __version__
@@ -30,16 +31,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     demo.add_argument("--quick", action="store_true", help="a few seconds: fewer seeds and epochs, so rougher numbers")
     demo.add_argument("--seed", type=_seed, default=0, metavar="N", help="of every random number (default: 0)")
+    demo.add_argument("--gpu", action="store_true", help="train on a GPU by compute shaders, beside NumPy")
     options = parser.parse_args(arguments)
 
     try:
-        from .demo import run
-    except ModuleNotFoundError as error:
-        sys.exit(f'the demonstration needs {error.name}: pip install "lookstep[demo]"')
+        run = import_module(".gpu.demo" if options.gpu else ".demo", __package__).run
+    except ImportError as error:
+        extras = "demo,gpu" if options.gpu else "demo"
+        sys.exit(f'the demonstration needs {error.name}: pip install "lookstep[{extras}]"')
     try:
         run(options.out, quick=options.quick, seed=options.seed)
     except OSError as error:
         sys.exit(f"cannot write {error.filename}: {error.strerror}")
+    except RuntimeError as error:  # no adapter
+        sys.exit(str(error))
 
 
 def _seed(text: str) -> int:

@@ -1,0 +1,97 @@
+"""The demo's second face: its shaders against NumPy, its training against the CPU's, its report."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+plain = pytest.importorskip("lookstep.digits", reason="the demo's packages are not installed")
+if os.environ.get("REQUIRE_GPU_TESTS") != "1":
+    pytest.importorskip("wgpu", reason="wgpu is not installed")
+
+from lookstep.gpu import demo, digits  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def device():
+    try:
+        return demo.request_device()
+    except RuntimeError as error:
+        if os.environ.get("REQUIRE_GPU_TESTS") == "1":
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return demo.Task.make(seed=5, epochs=2)
+
+
+def download(view):
+    """What a view holds."""
+    data = view.buffer._device.queue.read_buffer(view.buffer, view.offset, view.nbytes)
+    return np.frombuffer(data, np.float32).reshape(view.shape)
+
+
+@pytest.fixture
+def networks(device, task):
+    """The network in NumPy and on the device, with biases that are not zero."""
+    mlp = task.network()
+    rng = np.random.default_rng(1)
+    for name in ("b1", "b2"):
+        mlp.params[name][...] = rng.normal(size=mlp.params[name].shape)
+    return mlp, digits.MLP(device, mlp.params, task.digits.x, task.digits.y, task.order)
+
+
+def backward(mlp, step):
+    encoder = mlp.device.create_command_encoder()
+    work = encoder.begin_compute_pass()
+    mlp.backward(work, step)
+    work.end()
+    mlp.device.queue.submit([encoder.finish()])
+    return {name: download(view) for name, view in mlp.arena.grads.items()}
+
+
+@pytest.mark.parametrize("step", [0, 7, 83])
+def test_gradients_and_losses_are_those_of_numpy(networks, task, step):
+    mlp, gpu = networks
+    x, y = task.digits.x[task.order[step]], task.digits.y[task.order[step]]
+    want, got = mlp.backward(x, y), backward(gpu, step)
+    assert want.keys() == got.keys()
+    for name in want:
+        # Sums of 32 terms, of which each side rounds every one.
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=32 * 2**-24 * np.abs(want[name]).max())
+    assert gpu.losses()[step] == pytest.approx(plain.evaluate(mlp.params, x, y)[0], rel=1e-6)
+
+
+def test_gradients_have_the_same_bits_in_each_run(networks):
+    _, gpu = networks
+    first = backward(gpu, 3)
+    for _ in range(5):
+        again = backward(gpu, 3)
+        assert all(first[name].tobytes() == again[name].tobytes() for name in first)
+
+
+@pytest.mark.parametrize("family", plain.FAMILIES, ids=lambda family: family.name)
+def test_training_is_that_of_numpy(device, task, family):
+    rule = demo.Lookahead(family.rule(family.right), sync_period=demo.SYNC_PERIOD, slow_step=demo.SLOW_STEP)
+    numpy, gpu = demo.train_in_numpy(task, rule), demo.train_on_gpu(task, rule, device)
+    np.testing.assert_allclose(gpu.losses[:20], numpy.losses[:20], rtol=1e-4)
+    np.testing.assert_allclose(gpu.losses, numpy.losses, rtol=0.02, atol=0.002)
+    assert gpu.fast == pytest.approx(numpy.fast, abs=0.01)
+    assert gpu.slow == pytest.approx(numpy.slow, abs=0.01)
+    assert gpu.losses[-1] < gpu.losses[0] / 2
+
+
+def test_the_demo_on_a_gpu_writes_a_report(device, tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "lookstep", "demo", "--gpu", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert device.adapter_info["device"] in done.stdout
+    page = (tmp_path / "gpu.html").read_text(encoding="utf-8")
+    assert 'src="gpu.png"' in page
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "nan" not in page
+    assert "{" not in page.partition("</style>")[2]
