@@ -140,7 +140,7 @@ def machine() -> dict[str, Any]:
     names = [line for line in (cpus.read_text() if cpus.exists() else "").splitlines() if line.startswith("model name")]
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     packages = (
-        "numpy numba torch torchao pytorch_optimizer torch_optimizer timm deepspeed bitsandbytes jax optax".split()
+        "numpy numba torch torchao pytorch_optimizer torch_optimizer timm deepspeed bitsandbytes jax optax wgpu".split()
     )
     return {
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",

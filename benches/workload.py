@@ -34,7 +34,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
     "1e6/60": [(180, 184), (184,)] * 30,
     "1e8/200": [(500_000,)] * 200,
     "16x100000": [(16,)] * 100_000,
-    "2^24": [(1 << 24,)],
+    **{f"2^{k}": [(1 << k,)] for k in range(12, 29)},
 }
 """Shapes of parameters; a size that is not here is a number of elements in one array."""
 
