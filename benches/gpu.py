@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import wgpu
 
 import lookstep as ls
 import lookstep.gpu
-from engines import Contender, Missing
+from engines import Contender, Missing, need
 from measure import error
 from step import machine, time_cell
 from workload import Arrays, Case, Check
@@ -199,17 +199,14 @@ def lookstep_engine(gpu: Device, case: Case, arrays: Arrays, arena: ls.gpu.Arena
 
 def torch_engine(case: Case, arrays: Arrays) -> Engine:
     """On tensors of its own: no memory of CUDA can be shared with wgpu."""
-    try:
-        import torch
-    except ImportError as why:
-        raise Missing(why) from why
+    torch = need("torch")
     if not torch.cuda.is_available():
         raise Missing("torch sees no GPU")
     p, g = (torch.empty(case.elements, device="cuda") for _ in range(2))
     arrays.reset()
     p.copy_(torch.from_numpy(arrays.p[0]))
-    p.grad, inner = g, case.inner
-    opt = torch.optim.AdamW([p], inner.lr, inner.betas, inner.eps, inner.weight_decay, fused=True)
+    p.grad = g
+    opt = torch.optim.AdamW([p], **asdict(case.inner), fused=True)
 
     def sample(steps: int) -> tuple[float, float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
