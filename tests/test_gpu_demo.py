@@ -95,3 +95,19 @@ def test_the_demo_on_a_gpu_writes_a_report(device, tmp_path):
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert "nan" not in page
     assert "{" not in page.partition("</style>")[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names a back end that Linux does not have")
+def test_the_demo_says_that_there_is_no_adapter(tmp_path):
+    command = [sys.executable, "-m", "lookstep", "demo", "--gpu", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WGPU_BACKEND_TYPE": "D3D12"})
+    assert done.returncode == 1
+    assert "mesa-vulkan-drivers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_demo_names_wgpu_where_it_is_not_installed():
+    code = "import sys; sys.modules['wgpu'] = None; from lookstep.__main__ import main; main(['demo', '--gpu'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'pip install "lookstep[demo,gpu]"' in done.stderr
