@@ -250,8 +250,8 @@ def engines_of(gpu: Device, size: str, left_out: dict[str, str]) -> dict[str, En
     for name, make in makers.items():
         try:
             engines[name] = make()
-        except Missing as why:
-            left_out[name] = str(why)
+        except (Missing, MemoryError, RuntimeError) as why:  # torch has no other type for memory that is full
+            left_out[name] = str(why).partition("\n")[0]
     return engines
 
 
@@ -344,7 +344,11 @@ def main() -> int:
             print(f"\n{size} elements: left out, {why}")
             continue
         left_out: dict[str, str] = {}
-        rows = measure(gpu, size, args.rounds or (3 if args.quick else 15), left_out)
+        try:
+            rows = measure(gpu, size, args.rounds or (3 if args.quick else 15), left_out)
+        except MemoryError as why:
+            print(f"\n{size} elements: left out, {why}")
+            continue
         show(size, rows, left_out)
         tables[size] = {"rows": [vars(row) for row in rows], "left_out": left_out}
         wrong |= bool(left_out.keys() & set(RULES))

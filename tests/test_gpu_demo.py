@@ -11,13 +11,15 @@ plain = pytest.importorskip("lookstep.digits", reason="the demo's packages are n
 if os.environ.get("REQUIRE_GPU_TESTS") != "1":
     pytest.importorskip("wgpu", reason="wgpu is not installed")
 
-from lookstep.gpu import demo, digits  # noqa: E402
+from lookstep.gpu.arrays import read  # noqa: E402
+
+from lookstep.gpu import default_device, demo, digits  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def device():
     try:
-        return demo.request_device()
+        return default_device()
     except RuntimeError as error:
         if os.environ.get("REQUIRE_GPU_TESTS") == "1":
             raise
@@ -27,12 +29,6 @@ def device():
 @pytest.fixture(scope="module")
 def task():
     return demo.Task.make(seed=5, epochs=2)
-
-
-def download(view):
-    """What a view holds."""
-    data = view.buffer._device.queue.read_buffer(view.buffer, view.offset, view.nbytes)
-    return np.frombuffer(data, np.float32).reshape(view.shape)
 
 
 @pytest.fixture
@@ -51,7 +47,7 @@ def backward(mlp, step):
     mlp.backward(work, step)
     work.end()
     mlp.device.queue.submit([encoder.finish()])
-    return {name: download(view) for name, view in mlp.arena.grads.items()}
+    return {name: read(view) for name, view in mlp.arena.grads.items()}
 
 
 @pytest.mark.parametrize("step", [0, 7, 83])

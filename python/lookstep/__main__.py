@@ -37,14 +37,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run = import_module(".gpu.demo" if options.gpu else ".demo", __package__).run
     except ImportError as error:
+        missing = getattr(error.__cause__ or error, "name", None)
         extras = "demo,gpu" if options.gpu else "demo"
-        sys.exit(f'the demonstration needs {error.name}: pip install "lookstep[{extras}]"')
+        sys.exit(f'the demonstration needs {missing}: pip install "lookstep[{extras}]"')
     try:
         run(options.out, quick=options.quick, seed=options.seed)
     except OSError as error:
         sys.exit(f"cannot write {error.filename}: {error.strerror}")
-    except RuntimeError as error:  # no adapter
-        sys.exit(str(error))
+    except RuntimeError as error:
+        if not options.gpu:
+            raise
+        sys.exit(str(error))  # there is no adapter
 
 
 def _seed(text: str) -> int:

@@ -19,6 +19,7 @@ from ..demo import Report, make_console, progress
 from ..digits import BATCH, FAMILIES, HIDDEN, SLOW_STEP, SYNC_PERIOD, Array, Digits, Family, Params, evaluate
 from ..lookahead import Lookahead
 from ..optimizer import Optimizer
+from .device import default_device
 from .digits import MLP, train
 
 TITLE = "Lookahead on handwritten digits, on a GPU"
@@ -27,10 +28,6 @@ NOTE = (
     "Loss: the mean of the last epoch's training losses. Fast, slow: validation accuracy of the fast weights and of "
     "the slow ones, a step before a sync, where they are furthest apart. Time: of a whole step, forward and backward "
     "too; on the GPU, from the first recording to the reading of the losses."
-)
-NO_ADAPTER = (
-    "there is no GPU adapter: install the GPU's driver for Vulkan, Metal or DirectX 12, or Mesa's software Vulkan "
-    "(apt-get install mesa-vulkan-drivers libvulkan1)"
 )
 INTRO = """\
 <p>A small network learns scikit-learn's scans of handwritten digits inside Lookahead, twice from the same weights and
@@ -130,18 +127,6 @@ class Pair(NamedTuple):
         ]
 
 
-def request_device() -> Any:
-    """A device of the system's fastest adapter, with no feature or limit asked for.
-
-    Raises:
-        RuntimeError: if there is no adapter.
-    """
-    try:
-        return wgpu.gpu.request_adapter_sync(power_preference="high-performance").request_device_sync()
-    except RuntimeError as error:
-        raise RuntimeError(NO_ADAPTER) from error
-
-
 def draw(pairs: list[Pair], path: Path) -> None:
     """Draws the training losses of both: NumPy's broad and pale, and the GPU's upon it."""
     fig = Figure(figsize=(11, 3.8), layout="constrained")
@@ -181,7 +166,7 @@ def run(out: Path, *, quick: bool = False, seed: int = 0) -> None:
     start = perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     console = make_console()
-    device = request_device()
+    device = default_device()
     adapter = "{device} ({adapter_type}, {backend_type}; {description})".format_map(device.adapter_info)
     console.print(f"training on {adapter}", soft_wrap=True, highlight=False)
     epochs = 4 if quick else 20

@@ -12,7 +12,7 @@ import wgpu
 
 from ..digits import BATCH, Array, Params
 from ..optimizer import Optimizer
-from . import Arena
+from .arrays import Arena
 
 SHADER = files(__package__).joinpath("digits.wgsl")
 SLOT = 256
