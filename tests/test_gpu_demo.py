@@ -78,7 +78,7 @@ def test_training_is_that_of_numpy(device, task, family):
     np.testing.assert_allclose(gpu.losses, numpy.losses, rtol=0.02, atol=0.002)
     assert gpu.fast == pytest.approx(numpy.fast, abs=0.01)
     assert gpu.slow == pytest.approx(numpy.slow, abs=0.01)
-    assert gpu.losses[-1] < gpu.losses[0] / 2
+    assert gpu.losses[-10:].mean() < 0.8 * gpu.losses[:10].mean()
 
 
 def test_the_demo_on_a_gpu_writes_a_report(device, tmp_path):
