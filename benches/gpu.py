@@ -1,6 +1,6 @@
 """Time of a step on a GPU: lookstep beside the copy ceiling of the adapter, and torch's fused AdamW where it sees one.
 
-    python benches/gpu.py             # 2^12 to 2^28 elements, as far as memory and limits go
+    python benches/gpu.py             # 2^12 to 2^28 elements, as far as memory and limits go; on software to 2^20
     python benches/gpu.py 2^20 2^24   # these
     python benches/gpu.py --quick     # small, in few rounds: does everything run, and is it right?
 
@@ -31,7 +31,7 @@ from step import machine, time_cell
 from workload import Arrays, Case, Check
 
 SIZES = [f"2^{k}" for k in range(12, 29, 2)]
-QUICK = ["2^12", "2^16"]
+SOFTWARE, QUICK = SIZES[:5], SIZES[:3:2]
 SAMPLE = 50e-3
 """Seconds that a sample lasts at least: a submission and the wait for it take about a millisecond besides."""
 AT_ONCE = 512
@@ -119,28 +119,36 @@ class Device:
 
 @dataclass
 class Engine:
-    """What does steps: `sample` takes how many, and returns the seconds of one on the device, and on the host."""
+    """What does steps: `sample` takes how many, and returns the seconds of one."""
 
-    sample: Callable[[int], tuple[float, float]]
+    sample: Callable[[int], float]
     bytes: float
     """What a step moves for an element."""
     cycle: int = 1
-    records: bool = False
-    """Whether a step is one of lookstep's, so that its time on the host is told."""
+    record: Callable[[Any, int], object] | None = None
+    """Records steps into an encoder: where that is lookstep's doing, it is timed, too."""
 
 
-def submitted(gpu: Device, record: Callable[[Any, int], object], steps: int) -> tuple[float, float]:
+def submitted(gpu: Device, record: Callable[[Any, int], object], steps: int) -> float:
     """Records steps, then submits them all and waits."""
-    start = time.perf_counter()
     commands = []
     for at in range(0, steps, AT_ONCE):
         encoder = gpu.device.create_command_encoder()
         record(encoder, min(AT_ONCE, steps - at))
         commands.append(encoder.finish())
-    recorded = time.perf_counter()
+    start = time.perf_counter()
     gpu.device.queue.submit(commands)
     gpu.wait()
-    return (time.perf_counter() - recorded) / steps, (recorded - start) / steps
+    return (time.perf_counter() - start) / steps
+
+
+def recorded(gpu: Device, record: Callable[[Any, int], object]) -> float:
+    """The seconds of the host for a step that is recorded; none is submitted."""
+    start = time.perf_counter()
+    encoder = gpu.device.create_command_encoder()
+    record(encoder, AT_ONCE)
+    encoder.finish()
+    return (time.perf_counter() - start) / AT_ONCE
 
 
 def in_a_pass(record: Callable[[Any], object], encoder: Any, steps: int) -> None:
@@ -160,7 +168,7 @@ def ceilings(gpu: Device, arena: ls.gpu.Arena, elements: int) -> dict[str, Engin
         for _ in range(steps):
             encoder.copy_buffer_to_buffer(*g, *m, size)
 
-    def shader(code: str, *ranges: tuple[Any, int]) -> Callable[[int], tuple[float, float]]:
+    def shader(code: str, *ranges: tuple[Any, int]) -> Callable[[int], float]:
         return partial(submitted, gpu, partial(in_a_pass, gpu.shader(code, ranges, size)))
 
     return {
@@ -193,7 +201,7 @@ def lookstep_engine(gpu: Device, case: Case, arrays: Arrays, arena: ls.gpu.Arena
 
     contender = Contender(partial(opt.step, arena.grads), push, pull)
     record = partial(in_a_pass, lambda work: opt.step(arena.grads, into=work))
-    engine = Engine(partial(submitted, gpu, record), case.bytes, case.cycle, records=True)
+    engine = Engine(partial(submitted, gpu, record), case.bytes, case.cycle, record)
     return held_to_the_oracle(case, arrays, contender, engine)
 
 
@@ -208,14 +216,14 @@ def torch_engine(case: Case, arrays: Arrays) -> Engine:
     p.grad = g
     opt = torch.optim.AdamW([p], **asdict(case.inner), fused=True)
 
-    def sample(steps: int) -> tuple[float, float]:
+    def sample(steps: int) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(steps):
             opt.step()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3 / steps, math.nan
+        return float(begin.elapsed_time(end)) / 1e3 / steps
 
     def push() -> None:
         g.copy_(torch.from_numpy(arrays.g[0]))
@@ -261,10 +269,10 @@ def measure(gpu: Device, size: str, rounds: int, left_out: dict[str, str]) -> li
     elements = Case("AdamW", size).elements
     steps = {}
     for name, engine in engines.items():
-        once = min(engine.sample(engine.cycle)[0] for _ in range(3))
-        once = engine.sample(engine.cycle * max(1, round(SAMPLE / 5 / once / engine.cycle)))[0]
+        once = min(engine.sample(engine.cycle) for _ in range(3))
+        once = engine.sample(engine.cycle * max(1, round(SAMPLE / 5 / once / engine.cycle)))
         steps[name] = engine.cycle * math.ceil(SAMPLE / once / engine.cycle)
-    times = {name: np.empty((rounds, 2)) for name in engines}
+    times = {name: np.empty(rounds) for name in engines}
     turns = list(engines)
     shuffle = random.Random(0).shuffle
     gc.collect()
@@ -273,18 +281,24 @@ def measure(gpu: Device, size: str, rounds: int, left_out: dict[str, str]) -> li
         shuffle(turns)
         for name in turns:
             times[name][turn] = engines[name].sample(steps[name])
+    # Last, because the counters of what is recorded and not submitted go wrong.
+    hosts = {
+        name: float(np.median([recorded(gpu, engine.record) for _ in range(rounds)]) * 1e6)
+        for name, engine in engines.items()
+        if engine.record
+    }
     gc.enable()
-    rates = {name: engine.bytes * elements / times[name][:, 0] for name, engine in engines.items()}
+    rates = {name: engine.bytes * elements / times[name] for name, engine in engines.items()}
     torch = times.get("torch fused")
     return [
         Row(
             name,
-            float(np.median(mine[:, 0]) * 1e6),
-            float(np.quantile(mine[:, 0], 0.1) * 1e6),
+            float(np.median(mine) * 1e6),
+            float(np.quantile(mine, 0.1) * 1e6),
             float(np.median(rates[name]) / 1e9),
             float(np.median(rates[name] / rates["copy by a shader"])),
-            None if torch is None else float(np.median(mine[:, 0] / torch[:, 0])),
-            float(np.median(mine[:, 1]) * 1e6) if engines[name].records else None,
+            None if torch is None else float(np.median(mine / torch)),
+            hosts.get(name),
         )
         for name, mine in times.items()
     ]
@@ -339,7 +353,7 @@ def main() -> int:
     print(gpu.name)
     print(", ".join(f"{name} {number}" for name, number in about["versions"].items()))
     wrong, tables = False, {}
-    for size in args.sizes or (QUICK if args.quick else SIZES):
+    for size in args.sizes or (QUICK if args.quick else SOFTWARE if gpu.software else SIZES):
         if why := no_room(gpu, size):
             print(f"\n{size} elements: left out, {why}")
             continue
