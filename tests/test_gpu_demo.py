@@ -11,9 +11,8 @@ plain = pytest.importorskip("lookstep.digits", reason="the demo's packages are n
 if os.environ.get("REQUIRE_GPU_TESTS") != "1":
     pytest.importorskip("wgpu", reason="wgpu is not installed")
 
-from lookstep.gpu.arrays import read  # noqa: E402
-
 from lookstep.gpu import default_device, demo, digits  # noqa: E402
+from lookstep.gpu.arrays import read  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -97,10 +97,11 @@ class MLP:
     def losses(self) -> Array:
         """The mean loss of each minibatch when it was trained on: waits for the device."""
         slots = np.frombuffer(self.device.queue.read_buffer(self._losses), np.float32)
-        return slots.reshape(self.steps, -1)[:, :BATCH].mean(1)
+        losses: Array = slots.reshape(self.steps, -1)[:, :BATCH].mean(1)
+        return losses
 
 
-def train(mlp: MLP, opt: Optimizer, steps: Iterable[int]) -> None:
+def train(mlp: MLP, opt: Optimizer[Any], steps: Iterable[int]) -> None:
     """Trains on some of the minibatches, all in one submission; does not wait for the device."""
     encoder = mlp.device.create_command_encoder()
     work = encoder.begin_compute_pass()
