@@ -8,21 +8,13 @@ import numpy as np
 import pytest
 
 plain = pytest.importorskip("lookstep.digits", reason="the demo's packages are not installed")
-if os.environ.get("REQUIRE_GPU_TESTS") != "1":
-    pytest.importorskip("wgpu", reason="wgpu is not installed")
 
-from lookstep.gpu import default_device, demo, digits  # noqa: E402
+import gpu_arrays  # noqa: E402
+
+DEVICE = gpu_arrays.device()
+
+from lookstep.gpu import demo, digits  # noqa: E402
 from lookstep.gpu.arrays import read  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def device():
-    try:
-        return default_device()
-    except RuntimeError as error:
-        if os.environ.get("REQUIRE_GPU_TESTS") == "1":
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +23,13 @@ def task():
 
 
 @pytest.fixture
-def networks(device, task):
+def networks(task):
     """The network in NumPy and on the device, with biases that are not zero."""
     mlp = task.network()
     rng = np.random.default_rng(1)
     for name in ("b1", "b2"):
         mlp.params[name][...] = rng.normal(size=mlp.params[name].shape)
-    return mlp, digits.MLP(device, mlp.params, task.digits.x, task.digits.y, task.order)
+    return mlp, digits.MLP(DEVICE, mlp.params, task.digits.x, task.digits.y, task.order)
 
 
 def backward(mlp, step):
@@ -70,9 +62,9 @@ def test_gradients_have_the_same_bits_in_each_run(networks):
 
 
 @pytest.mark.parametrize("family", plain.FAMILIES, ids=lambda family: family.name)
-def test_training_is_that_of_numpy(device, task, family):
+def test_training_is_that_of_numpy(task, family):
     rule = demo.Lookahead(family.rule(family.right), sync_period=demo.SYNC_PERIOD, slow_step=demo.SLOW_STEP)
-    numpy, gpu = demo.train_in_numpy(task, rule), demo.train_on_gpu(task, rule, device)
+    numpy, gpu = demo.train_in_numpy(task, rule), demo.train_on_gpu(task, rule, DEVICE)
     np.testing.assert_allclose(gpu.losses[:20], numpy.losses[:20], rtol=1e-4)
     np.testing.assert_allclose(gpu.losses, numpy.losses, rtol=0.02, atol=0.002)
     assert gpu.fast == pytest.approx(numpy.fast, abs=0.01)
@@ -80,11 +72,11 @@ def test_training_is_that_of_numpy(device, task, family):
     assert gpu.losses[-10:].mean() < 0.8 * gpu.losses[:10].mean()
 
 
-def test_the_demo_on_a_gpu_writes_a_report(device, tmp_path):
+def test_the_demo_on_a_gpu_writes_a_report(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "lookstep", "demo", "--gpu", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert device.adapter_info["device"] in done.stdout
+    assert DEVICE.adapter_info["device"] in done.stdout
     page = (tmp_path / "gpu.html").read_text(encoding="utf-8")
     assert 'src="gpu.png"' in page
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+import gpu_arrays
 import lookstep
 
 ROOT = Path(__file__).parent.parent
@@ -52,11 +53,13 @@ def test_importing_lookstep_leaves_the_process_as_it_was():
     assert python(code) == "True\n"
 
 
-MODULES = ["lookstep", *(f"lookstep.{module.name}" for module in pkgutil.iter_modules(lookstep.__path__))]
+MODULES = ["lookstep", *(module.name for module in pkgutil.walk_packages(lookstep.__path__, "lookstep."))]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("_core", "__main__"))])
 def test_examples_in_docstrings_run(name):
+    if ".gpu" in name:
+        gpu_arrays.device()
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
@@ -66,8 +69,9 @@ def test_examples_in_docstrings_run(name):
 def test_what_is_public_is_documented(name):
     public = getattr(lookstep, name)
     if isinstance(public, ModuleType):
-        ours = [value for value in vars(public).values() if getattr(value, "__module__", "") == public.__name__]
-        examples = [value for value in ours if isinstance(value, type) and not value.__subclasses__()]
+        classes = [value for value in vars(public).values() if isinstance(value, type) and not issubclass(value, tuple)]
+        ours = [value for value in classes if value.__module__.startswith(public.__name__)]
+        examples = [value for value in ours if not value.__subclasses__()]
         assert examples
     else:
         examples = [public] if isinstance(public, type) else []
@@ -76,13 +80,17 @@ def test_what_is_public_is_documented(name):
     assert all("Example:" in value.__doc__ for value in examples)
 
 
-def test_python_in_the_readme_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
+    if "gpu" in page:
+        gpu_arrays.device()
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert snippets
     namespace: dict[str, object] = {}
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), namespace)
+        exec(compile(snippet, page, "exec"), namespace)
 
 
 def test_files_that_the_readme_links_to_exist():
