@@ -42,8 +42,8 @@ class Kind:
         rows, states, slow, elementwise, evaluates = layout(kernel, cycles, optimal, master and dtype.itemsize < 4)
         if not elementwise:
             raise ValueError(
-                f"{kernel} adds up over whole leaves before it moves them, which GPU arrays have no shader for: "
-                "it steps NumPy arrays"
+                "the rule adds up over whole leaves before it moves them, as LAMB, LARS and Prodigy do, which GPU "
+                "arrays have no shader for: it steps NumPy arrays"
             )
         return cls(kernel, dtype, rows, states, slow, evaluates)
 
