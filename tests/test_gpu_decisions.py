@@ -221,3 +221,78 @@ def test_where_nothing_is_decided_there_is_no_control_buffer():
     pair.step()
     assert pair.on_gpu.control is None
     assert pair.on_gpu.read_stats() == (1, 0, 0, None, None, None)
+
+
+def test_sums_of_gradients_that_are_gone_do_not_count():
+    shapes, rule, groups = {"a": (3,), "b": (3,)}, ls.SGD(lr=1.0), [("b", {"lr": 0.5})]
+    pair = Pair(rule, shapes, nonfinite="skip", max_grad_norm=4.0, groups=groups)
+    ones, huge = np.ones(3, "f4"), np.full(3, 1e4, "f4")
+    for b in (np.full(3, np.nan, "f4"), huge):
+        pair.step({"a": ones, "b": b})
+        pair.step({"a": ones, "b": b}, missing=["b"])
+        stats = pair.on_gpu.read_stats()
+        assert stats.grad_norm == pytest.approx(3**0.5)
+        assert (stats.steps, stats.skipped) == (pair.on_cpu.steps, pair.on_cpu.skipped)
+
+
+def test_a_loss_scale_that_nobody_follows_is_not_taken(tmp_path):
+    arena, ones = ls.gpu.Arena(device(), (4,)), np.ones(4, "f4")
+    scaled = ls.Optimizer(arena.params, ls.SGD(lr=1.0), nonfinite="skip", loss_scale=ls.gpu.LossScale(1024.0))
+    scaled.save(tmp_path / "run")
+    opt = ls.Optimizer.load(tmp_path / "run", arena.params)
+    ls.gpu.arrays.write(arena.grads, ones)
+    opt.step(arena.grads)
+    assert (arena.download() == -1).all()
+
+
+def test_a_recorded_step_that_is_thrown_away_is_forgotten_by_a_load():
+    arena = ls.gpu.Arena(device(), (4,))
+    opt = ls.Optimizer(arena.params, ls.Adam(), nonfinite="skip")
+    state = opt.state_dict()
+    opt.step(arena.grads, into=device().create_command_encoder())
+    with pytest.raises(RuntimeError, match="submit them first"):
+        opt.state_dict()
+    opt.load_state_dict(state)
+    opt.step(arena.grads)
+    assert opt.read_stats().steps == 1
+
+
+@pytest.mark.parametrize("scale", [[2.0**61, 0], [1e-300, 0], [1.0, 2**32]])
+def test_hostile_loss_scales_are_refused_before_anything_is_written(scale):
+    arena = ls.gpu.Arena(device(), (4,))
+    opt = ls.Optimizer(arena.params, ls.SGD(lr=1.0), loss_scale=ls.gpu.LossScale())
+    state = opt.state_dict()
+    state["leaves"][""]["params"] += 1
+    with pytest.raises(ValueError, match="loss"):
+        opt.load_state_dict(state | {"loss_scale": scale})
+    assert (arena.download() == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"initial": 1e300}, {"initial": 1e-45}, {"growth": 1e300}])
+def test_loss_scales_are_numbers_of_float32(options):
+    with pytest.raises(ValueError, match=r"must be in \["):
+        ls.gpu.LossScale(**options)
+
+
+def test_a_sync_of_a_scheduled_slow_step_counts_applied_steps():
+    rule = ls.Lookahead(ls.SGD(lr=1.0), 100, slow_step=ls.schedules.Linear(1.0, 0.0, steps=10))
+    pair = Pair(rule, {"w": (4,)}, nonfinite="skip")
+    for _ in range(6):
+        pair.step()
+    pair.on_cpu.sync()
+    pair.on_gpu.sync()
+    pair.check()
+    assert pair.on_gpu.read_stats().slow_step == pair.on_cpu.slow_step
+
+
+def test_groups_may_change_while_slow_weights_are_shown():
+    names = {name: (3,) for name in "abc"}
+    pair = Pair(ls.Lookahead(ls.SGD(lr=1.0)), names, groups=[("b", {"lr": 0.5}), ("c", {"lr": 0.25})])
+    for _ in range(2):
+        pair.step()
+    for _ in range(90):
+        with pair.on_gpu.slow_weights():
+            pass
+    with pair.on_gpu.slow_weights():
+        pair.on_gpu.groups = [("a|b|c", {"lr": 0.5})]
+    pair.check()

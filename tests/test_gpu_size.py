@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import lookstep as ls
-from gpu_arrays import Pair, device
+from gpu_arrays import Pair, buffer, device, same, view
 
 device()
 
@@ -53,3 +53,18 @@ def test_a_tensor_of_300_megabytes():
         on_gpu.step(arena.grads)
     assert any(piece.groups[1] > 1 for piece in on_gpu._engine._pieces)
     np.testing.assert_array_almost_equal_nulp(arena.download(), cpu, 2)
+
+
+def test_gradients_of_16_bits_are_cut_between_words(monkeypatch):
+    monkeypatch.setattr("lookstep.gpu.layout.MOST_BYTES", 256 + 512 * 4 * 3)
+    rng = np.random.default_rng(0)
+    cpu = {"a": rng.standard_normal(1, np.float32), "b": rng.standard_normal(3000, np.float32)}
+    grads = {name: rng.standard_normal(x.size).astype(np.float16) for name, x in cpu.items()}
+    room = buffer(4 * 3001)
+    on_gpu = {"a": ls.gpu.View(room, "float32", 1), "b": ls.gpu.View(room, "float32", 3000, offset=4)}
+    for name, x in cpu.items():
+        ls.gpu.arrays.write(on_gpu[name], x)
+    ls.Optimizer(on_gpu, RULE).step({name: view(g, "float16") for name, g in grads.items()})
+    ls.Optimizer(cpu, RULE).step(grads)
+    for name, x in cpu.items():
+        same(ls.gpu.arrays.read(on_gpu[name]), x, True, 1, np.abs(x), name)

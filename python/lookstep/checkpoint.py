@@ -390,8 +390,9 @@ def _integer(name: str, value: Any, end: int) -> int:
 
 
 def _loss_scale(value: Any) -> list[Any]:
-    if not isinstance(value, list) or len(value) != 2 or type(value[0]) is not float or not 0 < value[0] < 2.0**64:
-        raise ValueError(f"loss_scale must be a number > 0 and an integer, got {shortened(value)}")
+    is_pair = isinstance(value, list) and len(value) == 2 and type(value[0]) is float
+    if not is_pair or not 2.0**-30 <= value[0] <= 2.0**60:
+        raise ValueError(f"loss_scale must be a number in [2**-30, 2**60] and an integer, got {shortened(value)}")
     return [value[0], _integer("steps of the loss scale", value[1], 2**32)]
 
 

@@ -209,7 +209,7 @@ class Optimizer(Generic[Params]):
         """
         self._check_bound()
         if self._plan.is_scheduled:
-            self._engine.sync(self._plan.hyper(max(self.steps - 1, 0)))
+            self._engine.sync(self._plan.hyper(max(self._counted() - 1, 0)))
         else:
             self._engine.sync()
 
@@ -298,8 +298,14 @@ class Optimizer(Generic[Params]):
                 f"{rule} with these groups keeps other arrays, cycles or frozen leaves than this optimizer: "
                 "build a new one"
             )
-        self._engine.set_groups(plan.of_leaf, plan.described(self.steps))
+        self._engine.set_groups(plan.of_leaf, plan.described(self._counted()))
         self._plan = plan
+
+    def _counted(self) -> int:
+        """Steps applied so far, also where a GPU has to be asked."""
+        if self._gpu is not None:
+            self._gpu.stats()
+        return self.steps
 
     @property
     def lr(self) -> float:

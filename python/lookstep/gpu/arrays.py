@@ -233,7 +233,7 @@ def read(view: View) -> np.ndarray[Any, Any]:
     """A copy of an array in a view; it waits for the GPU."""
     if not view.size:
         return np.zeros(view.shape, view.dtype)
-    queue = device_of(view.buffer).queue
+    queue = _queue(view)
     data = queue.read_buffer(view.buffer, view.offset, _up(view.nbytes, 4))
     return np.frombuffer(data, view.dtype, view.size).reshape(view.shape).copy()
 
@@ -242,12 +242,18 @@ def write(view: View, array: np.ndarray[Any, Any]) -> None:
     """Writes an array of the view's dtype and shape into it; the half word after an odd number of elements stays."""
     if not view.size:
         return
-    queue = device_of(view.buffer).queue
+    queue = _queue(view)
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if view.nbytes % 4:
         last = view.offset + view.nbytes - 2
         data = np.append(data, np.frombuffer(queue.read_buffer(view.buffer, last, 4), np.uint8)[2:])
     queue.write_buffer(view.buffer, view.offset, data)
+
+
+def _queue(view: View) -> Any:
+    device = device_of(view.buffer)
+    Device.of(device)  # It is this process's.
+    return device.queue
 
 
 def views_of(leaves: Sequence[Any], names: Iterator[str]) -> Iterator[View]:

@@ -7,7 +7,7 @@ from typing import Any
 import wgpu
 
 from .arrays import View
-from .device import COPY_DST, COPY_SRC, STORAGE, device_of
+from .device import COPY_DST, COPY_SRC, STORAGE, Device, device_of
 
 _USAGES = {STORAGE: "STORAGE", COPY_SRC: "COPY_SRC", COPY_DST: "COPY_DST"}
 
@@ -28,6 +28,7 @@ def check_unmapped(name: str, view: View) -> None:
 def check_params(names: Sequence[str], views: Sequence[View]) -> Any:
     """Refuses parameters that shaders cannot step; returns their device."""
     device = device_of(views[0].buffer)
+    Device.of(device)  # It is this process's.
     for name, view in zip(names, views, strict=True):
         if device_of(view.buffer) is not device:
             raise ValueError(f"{name} is on another device than {names[0]}")

@@ -1,6 +1,7 @@
 """What a run does from here on, as far as the host can foresee it: which cycles begin and end, and at which steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .._core import foresee
@@ -80,6 +81,15 @@ class Course:
         self.events += events
         self._counters += after
         return rows
+
+    @contextmanager
+    def unless_failed(self, count: int) -> Iterator[None]:
+        """Takes the last calls back where their rows could not be written."""
+        try:
+            yield
+        except BaseException:
+            del self.events[-count:], self._counters[-count:]
+            raise
 
     def once(self, call: str, index: int, stride: int) -> tuple[bytes, Event, Counters]:
         """The rows of a "sync" or a "look" in place of call `index`, what it does, and the counters after it."""

@@ -24,8 +24,24 @@ _CONTROL = struct.Struct("<5f6I2f")
 _NBYTES = 64
 MOST_ROWS = 1 << 16
 """Steps that the host may be ahead of what it has read, before it reads again."""
+SMALLEST, LARGEST = 2.0**-30, 2.0**60
+"""Between these, loss scales stay."""
 _SKIPS, _CLIPS, _SCALES, _PICKS, _MEASURES = 1, 2, 4, 8, 16
 _KINDS = "uniform*", "storage", "storage", "read-only-storage"
+
+
+def _scale(name: str, value: Any) -> float:
+    scale = above_zero(name, value)
+    if not SMALLEST <= scale <= LARGEST:
+        raise ValueError(f"{name} must be in [2**-30, 2**60], got {value!r}")
+    return scale
+
+
+def _growth(name: str, value: Any) -> float:
+    growth = at_least_one(name, value)
+    if growth > LARGEST:
+        raise ValueError(f"{name} must be in [1, 2**60], got {value!r}")
+    return growth
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,8 @@ class LossScale(Checked):
     `Optimizer.control`; the step takes it out again. Powers of two cost no digits.
 
     Args:
-        initial: the first scale, > 0.
-        growth: what it is multiplied by after `interval` steps without a dropped one, >= 1.
+        initial: the first scale, in [2^-30, 2^60], between which it stays.
+        growth: what it is multiplied by after `interval` steps without a dropped one, in [1, 2^60].
         backoff: what it is multiplied by after a dropped step, in (0, 1).
         interval: see `growth`, an integer >= 1.
 
@@ -58,8 +74,8 @@ class LossScale(Checked):
     interval: int = 2000
 
     _checks: ClassVar[Mapping[str, Check]] = {
-        "initial": above_zero,
-        "growth": at_least_one,
+        "initial": _scale,
+        "growth": _growth,
         "backoff": within_one,
         "interval": positive_integer,
     }
@@ -134,14 +150,15 @@ class Decisions:
         if not rows:
             return
         stride = self.row * self._histories
-        at = len(self._rows)
-        self._rows += rows
-        if len(self._rows) > self._capacity * stride:
-            del self._rows[: (lowest - self._base) * stride]
-            self._base, at = lowest, 0
-            self._capacity = max(SLOTS, 2 * len(self._rows) // stride)
-            self.table = make_buffer(self._device, self._capacity * stride, STORAGE | COPY_DST, "rows of uniforms")
-        self._device.queue.write_buffer(self.table, at, bytes(self._rows[at:]))
+        at, base, kept = len(self._rows), self._base, self._rows + rows
+        if len(kept) > self._capacity * stride:
+            del kept[: (lowest - base) * stride]
+            at, base = 0, lowest
+            capacity = max(SLOTS, 2 * len(kept) // stride)
+            self.table = make_buffer(self._device, capacity * stride, STORAGE | COPY_DST, "rows of uniforms")
+            self._capacity = capacity
+        self._rows, self._base = kept, base
+        self._device.queue.write_buffer(self.table, at, bytes(kept[at:]))
 
     def make_room(self, sums: int) -> None:
         """Sees to it that there is room for so many sums."""
@@ -199,6 +216,9 @@ class Decisions:
         pass_.set_pipeline(device.pipeline(self._device, _KINDS, "", (), {}))
         pass_.set_bind_group(0, self._bound[1], (byte,))
         pass_.dispatch_workgroups(1)
+
+    def count(self) -> None:
+        """Counts a call that was recorded whole."""
         self.calls = (self.calls + 1) & 0xFFFFFFFF
 
     def _nothing(self) -> Any:

@@ -1,7 +1,7 @@
 """Devices: finding one, and what each is asked once."""
 
+import os
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import wgpu
 
@@ -12,7 +12,8 @@ COPY_SRC = wgpu.BufferUsage.COPY_SRC
 COPY_DST = wgpu.BufferUsage.COPY_DST
 UNIFORM = wgpu.BufferUsage.UNIFORM
 
-_DEVICES: "WeakKeyDictionary[Any, Device]" = WeakKeyDictionary()
+_OURS = "_lookstep_device"
+"""Where a device of wgpu keeps what we made for it: so both go at once."""
 
 
 def default_device() -> Any:
@@ -53,6 +54,7 @@ class Device:
 
     def __init__(self, device: Any) -> None:
         """Reads the limits."""
+        self._process = os.getpid()
         limits = device.limits
         self.binding = int(limits["max-storage-buffer-binding-size"])
         self.buffer = int(limits["max-buffer-size"])
@@ -64,11 +66,18 @@ class Device:
 
     @classmethod
     def of(cls, device: Any) -> "Device":
-        """The one of a device."""
-        try:
-            return _DEVICES[device]
-        except KeyError:
-            return _DEVICES.setdefault(device, cls(device))
+        """The one of a device.
+
+        Raises:
+            RuntimeError: in a forked child of the process that it was made in.
+        """
+        found: Device | None = getattr(device, _OURS, None)
+        if found is None:
+            found = cls(device)
+            setattr(device, _OURS, found)
+        if found._process != os.getpid():
+            raise RuntimeError("this GPU device belongs to the process that was forked: make another one here")
+        return found
 
     def layout(self, device: Any, kinds: tuple[str, ...]) -> Any:
         """The layout of a bind group, of kinds such as "uniform" by binding; "" is none."""

@@ -159,7 +159,7 @@ class Engine:
     def _settle(self) -> None:
         """Where steps may be dropped, reads which were: what comes next depends on it."""
         if self._drops:
-            self.stats()
+            self._read_stats()
             if self._at:
                 raise RuntimeError(
                     f"{self._at} steps were recorded and have not run: submit them first, since this call depends on "
@@ -209,6 +209,10 @@ class Engine:
 
     def stats(self) -> Stats:
         """The counters, as the GPU has them: it waits for it, where it decides."""
+        with _Call(self, inside=True):
+            return self._read_stats()
+
+    def _read_stats(self) -> Stats:
         if self._decisions is not None:
             found = self._decisions.read()
             takes_norm = found.calls and (self._limits_norm or self._drops)
@@ -252,6 +256,8 @@ class Engine:
             for buffer in self._buffers:
                 if buffer.map_state != "unmapped":
                     self._refuse_mapped(grads)
+            if self._drops and self._at < len(self._course.events):
+                hyper = None  # That step was foreseen, with the same numbers.
             if hyper is not None or scale != self._scale:
                 self._set(self._groups if hyper is None else _with_hyper(self._groups, hyper), scale)
             if self._at == len(self._course.events):
@@ -263,7 +269,7 @@ class Engine:
             else:
                 self._decide(event, zero_grads, into)
             self._at += 1
-            if event[1]:
+            if event[1] and not self._drops:
                 self._note_slow_step(event)
         finally:
             self._lock.release()
@@ -285,7 +291,7 @@ class Engine:
 
     def _note_slow_step(self, event: Event) -> None:
         self._measured = event[2]
-        if event[1] and not event[2] and not self._drops:
+        if event[1] and not event[2]:
             self._slow_step = self._groups[0]["slow_steps"][0]
 
     def _has_taken(self, grads: tuple[Any, ...]) -> bool:
@@ -366,13 +372,16 @@ class Engine:
         if self._drops:
             assert self._decisions is not None
             if self._at >= MOST_ROWS:
-                self.stats()
-            self._decisions.append(self._course.foresee(count, self._decisions.row), self._origin)
+                self._read_stats()
+            rows = self._course.foresee(count, self._decisions.row)
+            with self._course.unless_failed(count):
+                self._decisions.append(rows, self._origin)
             return
         self._course.forget(self._at)
         self._at = 0
         rows = self._course.foresee(count, self._slots.stride)
-        self._first = self._slots.write(rows) if rows else 0
+        with self._course.unless_failed(count):
+            self._first = self._slots.write(rows) if rows else 0
 
     def _once(self, call: str) -> tuple[int, Event, Counters]:
         """Writes the rows of a call that was not foreseen; returns the byte of the first."""
@@ -408,11 +417,11 @@ class Engine:
         call = decisions.call(self._scale, self._sums, event[2] and not self._drops, low)
         first = call if self._drops else self._first + self._at * self._event_bytes
         course = (0, 0, False) if self._drops else event
-        added = [piece for piece in self._pieces if piece.grads is not None or self._optimal]
-        sums = self._dispatches("reduce", added, course, zeroes)
+        # Also where there are no gradients: what was summed there before must not count.
+        sums = self._dispatches("reduce", self._pieces, course, zeroes)
         steps = self._dispatches("step", self._pieces, course, zeroes)
         encoder, pass_ = _opened(into, self._device)
-        for (pipeline, group, shift, _), piece in zip(sums, added, strict=True):
+        for (pipeline, group, shift, _), piece in zip(sums, self._pieces, strict=True):
             pass_.set_pipeline(pipeline)
             pass_.set_bind_group(0, group, (first + shift,))
             pass_.dispatch_workgroups(piece.sums)
@@ -422,6 +431,7 @@ class Engine:
             pass_.set_bind_group(0, group, (first + shift,))
             pass_.dispatch_workgroups(*size)
         _close(encoder, pass_, into, self._device)
+        decisions.count()
 
     def _dispatches(self, kind: str, pieces: Sequence[Piece], event: Event, zeroes: bool) -> list[Any]:
         """Of each dispatch, its pipeline and bind group, where its row is from the first, and its workgroups."""
@@ -432,7 +442,8 @@ class Engine:
             (
                 self._pipeline(piece, kind, event, zeroes, decides),
                 self._bound(piece, zeroes, decides),
-                piece.history * stride,
+                # To take slow weights away needs nothing of a row, and groups may be others by then.
+                0 if kind == "leave" else piece.history * stride,
                 piece.groups,
             )
             for piece in pieces
@@ -641,7 +652,6 @@ class Engine:
         """Takes what `dump` gives, of this engine or of the CPU's."""
         with _Call(self):
             self._check_readable(COPY_DST)
-            self._settle()
             self._store.check(arrays)
             steps, cycles, of_leaf = counters_of(counters)
             self._set(groups, self._scale)
@@ -655,11 +665,14 @@ class Engine:
         """Takes what the GPU counts by itself."""
         self._known = _Known(counters["skipped"], None, None)
         if self._decisions is not None:
+            # Steps that were recorded and never ran are forgotten with all else.
             found = self._decisions.read()
-            scale, good = counters.get("loss_scale", (found.loss_scale, found.good))
-            self._decisions.write(
-                found._replace(loss_scale=scale, inverse=1 / scale, good=good, skipped=counters["skipped"])
-            )
+            self._origin, self._decisions.calls = found.events, found.calls
+            scale, good = found.loss_scale, found.good
+            if self._scales:
+                scale, good = counters.get("loss_scale", (scale, good))
+            skipped = min(counters["skipped"], 2**32 - 1)
+            self._decisions.write(found._replace(loss_scale=scale, inverse=1 / scale, good=good, skipped=skipped))
 
     def _check_readable(self, usage: int = COPY_SRC) -> None:
         self._check_unmapped()

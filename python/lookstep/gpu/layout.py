@@ -107,6 +107,8 @@ def _runs(views: Sequence[View], kinds: Sequence[Kind | None]) -> Iterator[list[
         if run:
             last, view = views[run[-1]], views[leaf]
             follows = last.buffer is view.buffer and last.offset + last.room == view.offset
+            # A leaf is cut at even elements: of its gradients, two may share a word.
+            follows = follows and (view.offset - views[run[0]].offset) // view.dtype.itemsize % 2 == 0
             if not follows or kinds[run[-1]] is not kinds[leaf]:
                 yield run
                 run = []
