@@ -235,6 +235,16 @@ def test_sums_of_gradients_that_are_gone_do_not_count():
         assert (stats.steps, stats.skipped) == (pair.on_cpu.steps, pair.on_cpu.skipped)
 
 
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "skip"}, {"max_grad_norm": 1e9}], ids=["", "skip", "clip"])
+def test_trees_of_gradients_may_take_turns(options):
+    pair = Pair(ls.Lookahead(ls.Adam(), 2), SHAPES, **options)
+    trees = [pair.grads, *(ls.gpu.Arena(device(), SHAPES).grads for _ in range(5))]
+    for step in range(14):
+        pair.grads = trees[step % 2 if step < 6 else step % 6]
+        pair.step()
+        pair.check(exact="max_grad_norm" not in options)
+
+
 def test_a_loss_scale_that_nobody_follows_is_not_taken(tmp_path):
     arena, ones = ls.gpu.Arena(device(), (4,)), np.ones(4, "f4")
     scaled = ls.Optimizer(arena.params, ls.SGD(lr=1.0), nonfinite="skip", loss_scale=ls.gpu.LossScale(1024.0))

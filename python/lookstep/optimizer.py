@@ -180,7 +180,7 @@ class Optimizer(Generic[Params]):
             RuntimeError: if `params` holds another array than when the optimizer was built, or one that has changed in
                 more than its numbers; or if params hold the slow weights.
         """
-        if not self._engine.steps % _LOOK_AGAIN:
+        if not (self._engine.steps if self._gpu is None else self._gpu.next_step) % _LOOK_AGAIN:
             self._check_bound()
         leaves = self._structure.leaves(grads)
         if self._gpu is not None:

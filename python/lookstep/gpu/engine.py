@@ -49,6 +49,19 @@ class _Known(NamedTuple):
     loss_scale: float | None
 
 
+class _Taken(NamedTuple):
+    """Gradients that were checked, and what a step with them goes over."""
+
+    grads: tuple[Any, ...]
+    pieces: list[Piece]
+    buffers: list[Any]
+    sums: int
+    recorded: dict[Any, Any]
+    """Dispatches by what they are for, with the buffers that they were made for."""
+
+
+_MOST_TAKEN = 4
+"""Trees of gradients that may be stepped with in turns, and are known again."""
 _NO_OTHERS: Sequence[Any] = ()
 _UNKNOWN = _Known(0, None, None)
 
@@ -99,8 +112,6 @@ class Engine:
         self._process = os.getpid()
         self._shown: list[Any] | None = None
         self._stilled: Sequence[Piece] = ()
-        self._recorded: dict[Any, Any] = {}
-        self._recorded_for: Any = None
         self._entries = 0
         self._abandoned = 0
         self._scale = 1.0
@@ -139,8 +150,8 @@ class Engine:
         histories = [History(group, moves) for group, moves, _ in found]
         start = start._replace(histories=tuple(own for *_, own in found))
         self._plan(histories, start)
-        self._grads: tuple[Any, ...] | None = None
-        self._pieces: list[Piece] = []
+        self._taken: list[_Taken] = []
+        self._use(_Taken((), [], [], 0, {}))
 
     def _plan(self, histories: Sequence[History], start: Counters) -> None:
         """Goes on from `start`, with nothing foreseen."""
@@ -296,13 +307,14 @@ class Engine:
 
     def _has_taken(self, grads: tuple[Any, ...]) -> bool:
         """Whether these are the gradients of the last step."""
-        try:
-            return grads == self._grads
-        except ValueError:  # NumPy's arrays are not compared as a whole.
-            return False
+        return _are_same(self._grads, grads)
 
-    def _take_grads(self, grads: Sequence[Any]) -> None:
+    def _take_grads(self, grads: tuple[Any, ...]) -> None:
         """Checks gradients, and makes pieces for them."""
+        known = next((taken for taken in self._taken if _are_same(taken.grads, grads)), None)
+        if known is not None:
+            self._use(known)
+            return
         views = self._grad_views(grads)
         moved = [view is not None or kind is None for view, kind in zip(views, self._kinds, strict=True)]
         if moved != self._moved:
@@ -311,12 +323,16 @@ class Engine:
         pieces = list(pieces_of(self._parts, self.views, views, self._history_of))
         place(self._device, pieces, len(self._course.histories), self._limit or 0.0)
         buffers = [view.buffer for view in [*self.views, *views] if view is not None]
-        self._buffers = list({id(buffer): buffer for buffer in buffers}.values())
-        self._pieces, self._grads = pieces, tuple(grads)
-        self._sums = sum(piece.sums for piece in pieces)
+        different = list({id(buffer): buffer for buffer in buffers}.values())
+        taken = _Taken(grads, pieces, different, sum(piece.sums for piece in pieces), {})
         if self._decisions is not None:
-            self._decisions.make_room(self._sums)
-        self._recorded.clear()
+            self._decisions.make_room(taken.sums)
+        self._taken = [*self._taken[1 - _MOST_TAKEN :], taken]
+        self._use(taken)
+
+    def _use(self, taken: _Taken) -> None:
+        """Goes on with these gradients."""
+        self._grads, self._pieces, self._buffers, self._sums, self._recorded = taken
 
     def _grad_views(self, grads: Sequence[Any]) -> list[View | None]:
         """Each leaf's gradient, checked; none for a frozen leaf."""
@@ -392,14 +408,8 @@ class Engine:
 
     def _run(self, kind: str, pieces: Sequence[Piece], byte: int, event: Event, zeroes: bool, into: Any) -> None:
         """Records the dispatches of an event, and submits them where they have no other place to go."""
-        if self._recorded_for is not self._slots.buffer:
-            self._recorded.clear()
-            self._recorded_for = self._slots.buffer
-        todo: list[Any] | None = self._recorded.get((event, zeroes)) if pieces is self._pieces else None
-        if todo is None:
-            todo = self._dispatches(kind, pieces, event, zeroes)
-            if pieces is self._pieces:
-                self._recorded[event, zeroes] = todo
+        is_step = pieces is self._pieces
+        todo = self._known_dispatches(kind, event, zeroes) if is_step else self._dispatches(kind, pieces, event, zeroes)
         if not todo:
             return
         encoder, pass_ = _opened(into, self._device)
@@ -418,8 +428,8 @@ class Engine:
         first = call if self._drops else self._first + self._at * self._event_bytes
         course = (0, 0, False) if self._drops else event
         # Also where there are no gradients: what was summed there before must not count.
-        sums = self._dispatches("reduce", self._pieces, course, zeroes)
-        steps = self._dispatches("step", self._pieces, course, zeroes)
+        sums = self._known_dispatches("reduce", course, zeroes)
+        steps = self._known_dispatches("step", course, zeroes)
         encoder, pass_ = _opened(into, self._device)
         for (pipeline, group, shift, _), piece in zip(sums, self._pieces, strict=True):
             pass_.set_pipeline(pipeline)
@@ -432,6 +442,18 @@ class Engine:
             pass_.dispatch_workgroups(*size)
         _close(encoder, pass_, into, self._device)
         decisions.count()
+
+    def _known_dispatches(self, kind: str, event: Event, zeroes: bool) -> list[Any]:
+        """Those of a step, made once for as long as all buffers stay."""
+        buffers: tuple[Any, ...] = (self._slots.buffer,)
+        if self._decisions is not None:
+            buffers = (*buffers, self._decisions.slots.buffer, *self._decisions.others())
+        known = self._recorded.get((kind, event, zeroes))
+        if known is None or known[0] != buffers:
+            known = buffers, self._dispatches(kind, self._pieces, event, zeroes)
+            self._recorded[kind, event, zeroes] = known
+        todo: list[Any] = known[1]
+        return todo
 
     def _dispatches(self, kind: str, pieces: Sequence[Piece], event: Event, zeroes: bool) -> list[Any]:
         """Of each dispatch, its pipeline and bind group, where its row is from the first, and its workgroups."""
@@ -773,6 +795,13 @@ def _bytes(piece: Piece) -> tuple[int, int]:
     """Where the parameters of a piece are, and how many bytes they have in whole words."""
     itemsize = piece.chunk.kind.dtype.itemsize
     return piece.chunk.offset + piece.first * itemsize, -(-piece.size * itemsize // 4) * 4
+
+
+def _are_same(grads: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    try:
+        return grads == others
+    except ValueError:  # NumPy's arrays are not compared as a whole.
+        return False
 
 
 def _with_hyper(groups: Sequence[Mapping[str, Any]], hyper: Any) -> list[dict[str, Any]]:
