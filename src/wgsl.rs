@@ -19,12 +19,6 @@ pub use row::Row;
 
 /// Threads of a workgroup.
 pub const THREADS: usize = 64;
-/// Threads of a workgroup that adds up.
-pub const ADDERS: usize = 256;
-/// Elements that are added up apart from others.
-pub const CHUNK: usize = 1 << 14;
-/// Numbers of a run's sums: squares of small, ordinary and large gradients, what is not finite, and two slopes.
-pub const PARTIAL: usize = 8;
 
 /// Which cycles begin and end with a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +120,7 @@ impl Form<'_> {
         if let Some(master) = rows.master {
             kept.set(master, "p");
         }
-        self.around(&kept)
+        self.around(&kept, &self.store_lanes(&kept))
     }
 
     /// The shader that shows the weights to evaluate in place of the parameters, or takes them away again.
@@ -151,7 +145,7 @@ impl Form<'_> {
             }
             None => self.evaluate(&rows, &mut kept),
         }
-        self.around(&kept)
+        self.around(&kept, &self.store_lanes(&kept))
     }
 
     /// The shader that writes the weights to evaluate in full where gradients are.
@@ -160,9 +154,7 @@ impl Form<'_> {
         let rows = self.rows();
         let mut kept = Kept::new(self.kernel, &rows);
         self.evaluate(&rows, &mut kept);
-        let own = self.store("p", self.params, "p_array", "piece.p");
-        let given = self.store("p", Dtype::F32, "g_array", "piece.g");
-        self.around(&kept).replace(&own, &given)
+        self.around(&kept, &self.store("p", Dtype::F32, "g_array", "piece.g"))
     }
 
     /// The shader that adds up what is asked of the gradients, a number of sums for each chunk of elements.
@@ -200,6 +192,8 @@ impl Form<'_> {
         let mut text = single.head(rows.names.len());
         text += "@group(0) @binding(7) var<storage, read_write> partials: array<f32>;\n";
         text += &single.loads();
+        text += "\n";
+        text += include_str!("wgsl/sums.wgsl");
         text += &include_str!("wgsl/reduce.wgsl")
             .replace("«row»", &self.row("events"))
             .replace("«given»", &given)
@@ -331,8 +325,8 @@ impl Form<'_> {
         text
     }
 
-    /// The whole shader around the lines for one element.
-    fn around(&self, kept: &Kept) -> String {
+    /// The whole shader around the lines for one element, and those that store what has come of it.
+    fn around(&self, kept: &Kept, stores: &str) -> String {
         let lanes = self.lanes();
         let used: Vec<usize> = (0..kept.names.len())
             .filter(|&row| kept.read[row] || kept.written[row])
@@ -378,7 +372,7 @@ impl Form<'_> {
             );
         }
         self.load_lanes(kept, &used, &mut text);
-        self.store_lanes(kept, &mut text);
+        text += stores;
         text += &self.zero("    ");
         text + "}\n"
     }
@@ -389,6 +383,8 @@ impl Form<'_> {
 pub fn decide() -> String {
     [
         include_str!("wgsl/control.wgsl"),
+        "\n",
+        include_str!("wgsl/sums.wgsl"),
         include_str!("wgsl/decide.wgsl"),
     ]
     .concat()

@@ -100,7 +100,11 @@ def same(found, wanted, exact, steps, moved, name):
         return
     eps = float(ml_dtypes.finfo(wanted.dtype).eps)
     tolerance = steps * (2 * eps * np.abs(wanted.astype("f8")) + 1e-6 * moved) + 1e-6 * (not exact)
-    assert (np.abs(found.astype("f8") - wanted.astype("f8")) <= tolerance).all(), name
+    # Infinities are compared, and a NaN is any other NaN.
+    ours, theirs = found.astype("f8"), wanted.astype("f8")
+    with np.errstate(invalid="ignore"):
+        near = (np.abs(ours - theirs) <= tolerance) | (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    assert near.all(), name
 
 
 def buffer(nbytes, usage=None):

@@ -1,8 +1,5 @@
 """GPU arrays: the same rules give the same bits as on the CPU."""
 
-import doctest
-import importlib
-
 import numpy as np
 import pytest
 
@@ -14,9 +11,8 @@ from lookstep.schedules import Linear
 device()
 
 SHAPES = {"w": (37, 5), "b": (64,), "c": (3,)}
-ELEMENTWISE = {
-    name: case for name, case in CASES.items() if type(case.rule).__name__ not in ("LAMB", "LARS", "Prodigy")
-}
+SUMMED = ls.LAMB, ls.LARS, ls.Prodigy
+ELEMENTWISE = {name: case for name, case in CASES.items() if not isinstance(case.rule, SUMMED)}
 every_rule = pytest.mark.parametrize("rule", [case.rule for case in ELEMENTWISE.values()], ids=ELEMENTWISE.keys())
 CYCLES = {
     "keep": lambda rule: ls.Lookahead(rule, 3),
@@ -344,18 +340,3 @@ def test_an_arena_uploads_and_downloads():
     bare = ls.gpu.Arena(device(), (3,))
     bare.upload(np.ones(3, "f4"))
     assert bare.download().tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("name", ["arrays", "decisions", "device"])
-def test_examples_in_docstrings_run(name):
-    module = importlib.import_module(f"lookstep.gpu.{name}")
-    failed, tried = doctest.testmod(module)
-    assert failed == 0
-    assert tried > 0
-
-
-def test_what_is_public_is_documented():
-    for name in ls.gpu.__all__:
-        public = getattr(ls.gpu, name)
-        assert public.__doc__
-        assert "Example:" in public.__doc__ or name == "Stats"

@@ -46,10 +46,9 @@ def pair():
     return found
 
 
-@pytest.mark.parametrize(("missing", "name"), [(USAGE.STORAGE, "STORAGE")], ids=["storage"])
-def test_a_parameter_needs_storage(missing, name):
-    other = buffer(64, (USAGE.STORAGE | USAGE.COPY_SRC | USAGE.COPY_DST) & ~missing)
-    with pytest.raises(ValueError, match=rf'params\["w"\] must be in a buffer with usage {name}'):
+def test_a_parameter_needs_storage():
+    other = buffer(64, USAGE.COPY_SRC | USAGE.COPY_DST)
+    with pytest.raises(ValueError, match=r'params\["w"\] must be in a buffer with usage STORAGE'):
         ls.Optimizer({"w": other}, ls.SGD())
 
 

@@ -19,7 +19,7 @@ from .plan import Groups, Plan, with_inner
 from .tree import Structure, Tree, is_gpu
 
 if TYPE_CHECKING:
-    from .gpu import LossScale
+    from .gpu import LossScale, Stats
 
 Params = TypeVar("Params", bound=Tree)
 
@@ -351,7 +351,7 @@ class Optimizer(Generic[Params]):
         """The slow step of the last sync: of the innermost `Lookahead`, for leaves without one of their own."""
         return self._engine.slow_step
 
-    def read_stats(self) -> Any:
+    def read_stats(self) -> "Stats":
         """How far the run has come: steps, syncs, skipped, grad_norm, slow_step and loss_scale, as a named tuple.
 
         Where the GPU decides, this is the only way to know: it waits for the GPU, and `steps` and the like are what was
@@ -359,7 +359,8 @@ class Optimizer(Generic[Params]):
         """
         if self._gpu is None:
             raise TypeError("read_stats is for GPU arrays: steps, syncs, ... of NumPy arrays are always up to date")
-        return self._gpu.stats()
+        stats: Stats = self._gpu.stats()
+        return stats
 
     @property
     def control(self) -> Any:

@@ -17,7 +17,9 @@ struct Call {
     growth: f32,
     backoff: f32,
     interval: u32,
-    unused: vec2<u32>,
+    // Zero, which no compiler knows.
+    zero: u32,
+    unused: u32,
 }
 
 // What the GPU decides.

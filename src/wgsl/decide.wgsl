@@ -7,36 +7,23 @@
 // Loss scales stay between these.
 const SMALLEST = 0x1p-30f;
 const LARGEST = 0x1p60f;
-const UNIT = 0x1p80f;
 
-var<workgroup> sums: array<vec4<f32>, 256>;
-var<workgroup> slopes_of: array<vec4<f32>, 256>;
-
-@compute @workgroup_size(256)
+@compute @workgroup_size(ADDERS)
 fn main(@builtin(local_invocation_index) thread: u32) {
     var sum = vec4<f32>();
     var slope = vec4<f32>();
-    for (var i = thread; i < call.count; i += 256u) {
-        let at = 8u * i;
+    for (var i = thread; i < call.count; i += ADDERS) {
+        let at = PARTIAL * i;
         sum += vec4(partials[at], partials[at + 1u], partials[at + 2u], partials[at + 3u]);
         slope += vec4(partials[at + 4u], partials[at + 5u], partials[at + 6u], 0.0);
     }
-    sums[thread] = sum;
-    slopes_of[thread] = slope;
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if thread < half {
-            sums[thread] += sums[thread + half];
-            slopes_of[thread] += slopes_of[thread + half];
-        }
-    }
+    add_up(thread, sum, slope);
     if thread == 0u {
-        decide(sums[0], slopes_of[0]);
+        decide(squares_of[0], slopes_of[0]);
     }
 }
 
 fn decide(sum: vec4<f32>, slope: vec4<f32>) {
-    let zero = call.unused.x;
     // The norm is `root` of `unit`: it may overflow where what clips it does not.
     var root = sqrt(sum.x);
     var unit = 1.0 / UNIT;
@@ -50,7 +37,7 @@ fn decide(sum: vec4<f32>, slope: vec4<f32>) {
     var norm = root * unit;
     let is_nan = slope.x > 0.0;
     let is_bad = is_nan || sum.w > 0.0;
-    let nan = bitcast<f32>(0x7fc00000u ^ zero);
+    let nan = bitcast<f32>(0x7fc00000u ^ call.zero);
     norm = select(norm, nan, is_nan);
     var clip = 1.0;
     if (call.options & 2u) != 0u && (is_nan || norm > call.max_norm) {

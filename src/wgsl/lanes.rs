@@ -73,12 +73,14 @@ impl Form<'_> {
         }
     }
 
-    pub(super) fn store_lanes(&self, kept: &Kept, text: &mut String) {
-        text.push_str(&self.store("p", self.params, "p_array", "piece.p"));
-        for row in (0..kept.names.len()).filter(|&row| kept.written[row]) {
+    /// Stores parameters, and the rows that were written.
+    pub(super) fn store_lanes(&self, kept: &Kept) -> String {
+        let written = (0..kept.names.len()).filter(|&row| kept.written[row]);
+        let rows = joined(written, |row| {
             let at = format!("{row}u * piece.stride + piece.first");
-            text.push_str(&self.store(&kept.names[row], Dtype::F32, "rows", &at));
-        }
+            self.store(&kept.names[row], Dtype::F32, "rows", &at)
+        });
+        self.store("p", self.params, "p_array", "piece.p") + &rows
     }
 
     /// Stores a field of all elements.

@@ -1,23 +1,15 @@
-
-// Numbers that are large or small are added up in units in which squares neither overflow nor vanish.
-const UNIT = 0x1p80f;
-
-var<workgroup> sums: array<vec4<f32>, 256>;
-var<workgroup> slopes_of: array<vec4<f32>, 256>;
-
-@compute @workgroup_size(256)
+@compute @workgroup_size(ADDERS)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
     «row»
-    // Squares of small, ordinary and large gradients; infinities; NaNs; slopes.
     var squares = vec3<f32>();
     var infinite = 0.0;
     var nan = 0.0;
     var slopes = vec2<f32>();
-    for (var part = 0u; part < 64u; part += 1u) {
-        let i = group.x * 16384u + part * 256u + thread;
+    for (var part = 0u; part < CHUNK / ADDERS; part += 1u) {
+        let i = group.x * CHUNK + part * ADDERS + thread;
         if i < piece.size {
             «given»
             let size = abs(g);
@@ -40,25 +32,17 @@ fn main(
             «slopes»
         }
     }
-    sums[thread] = vec4(squares, infinite);
-    slopes_of[thread] = vec4(slopes, nan, 0.0);
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if thread < half {
-            sums[thread] += sums[thread + half];
-            slopes_of[thread] += slopes_of[thread + half];
-        }
-    }
+    add_up(thread, vec4(squares, infinite), vec4(nan, slopes, 0.0));
     if thread == 0u {
-        let at = 8u * (piece.partial + group.x);
-        let a = sums[0];
+        let at = PARTIAL * (piece.partial + group.x);
+        let a = squares_of[0];
         let b = slopes_of[0];
         partials[at] = a.x;
         partials[at + 1u] = a.y;
         partials[at + 2u] = a.z;
         partials[at + 3u] = a.w;
-        partials[at + 4u] = b.z;
-        partials[at + 5u] = b.x;
-        partials[at + 6u] = b.y;
+        partials[at + 4u] = b.x;
+        partials[at + 5u] = b.y;
+        partials[at + 6u] = b.z;
     }
 }

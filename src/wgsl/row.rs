@@ -1,7 +1,7 @@
 //! What a shader reads besides arrays, as bytes.
 
 use crate::kernel::Kernel;
-use crate::lookahead::{Blend, Cycle};
+use crate::lookahead::Cycle;
 use crate::rule::{CARRY, SUMS};
 
 /// A row's numbers: see `Row` in wgsl/kernel.wgsl.
@@ -42,7 +42,7 @@ impl Row<'_> {
             ending as u32,
         ];
         for (cycle, &slow_step) in self.cycles.iter().zip(self.slow_steps) {
-            let rest = Blend::<f32>::new(slow_step).map_or(0.0, |_| (1.0 - slow_step) as f32);
+            let rest = (1.0 - slow_step).max(0.0) as f32;
             let decay = cycle.outer.map_or(0.0, |outer| outer.momentum as f32);
             words.extend([slow_step as f32, rest, decay, 0.0].map(f32::to_bits));
         }

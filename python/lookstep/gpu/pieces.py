@@ -13,7 +13,7 @@ THREADS = 64
 MOST_GROUPS = 65535
 """Workgroups along one axis of a dispatch."""
 CHUNK = 1 << 14
-"""Elements that are added up apart from others: see wgsl.rs."""
+"""Elements that are added up apart from others: see wgsl/sums.wgsl."""
 PARTIAL = 32
 """Bytes of their sums."""
 _SLOT = 256
