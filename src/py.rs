@@ -10,8 +10,8 @@
 //! whether two arrays share memory, it may, and all is checked once more after it.
 //!
 //! Why nobody else has it. Leaves are checked, once, to share no byte with each other or with themselves, and each new
-//! gradient to share none with a leaf or with the state; views of the state are handed out read-only. One call at a
-//! time has the engine, by its mutex; threads that share its work have parts without an element in common. What is left
+//! gradient to share none with a leaf or with the state; views of the state are handed out read-only, and those that
+//! are not are as parameters are: numbers that may be written between calls. One call at a time has the engine, by its mutex; threads that share its work have parts without an element in common. What is left
 //! is another thread that, while numbers move, writes an array (then it is up to that thread what the numbers are), or
 //! takes an array's memory away by `__setstate__`: like NumPy's own functions, we cannot stop it.
 //!

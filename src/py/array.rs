@@ -146,9 +146,20 @@ pub struct Shape {
     pub axes: Vec<usize>,
 }
 
+/// What the user may do with what a view shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// See it.
+    Read,
+    /// Change it, between calls, as parameters.
+    Write,
+    /// Have an array of its own.
+    Copied,
+}
+
 impl View {
-    /// The view; an array of its own, where `copied`.
-    pub fn make(self, py: Python<'_>, copied: bool) -> PyResult<Bound<'_, PyAny>> {
+    /// The view.
+    pub fn make(self, py: Python<'_>, access: Access) -> PyResult<Bound<'_, PyAny>> {
         let mut view = self.array.into_bound(py);
         if let Some((bytes, dtype)) = self.bytes {
             let (start, end) = (bytes.start.cast_signed(), bytes.end.cast_signed());
@@ -161,11 +172,11 @@ impl View {
                 .call_method1("reshape", (PyTuple::new(py, walked)?,))?
                 .call_method1("transpose", (PyTuple::new(py, axes)?,))?;
         }
-        if copied {
+        if access == Access::Copied {
             return view.call_method0("copy");
         }
         let view = view.call_method0("view")?;
-        view.call_method1("setflags", (false,))?;
+        view.call_method1("setflags", (access == Access::Write,))?;
         Ok(view)
     }
 }

@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
-use super::array::View;
+use super::array::{Access, View};
 use super::group::{CycleSpec, GroupSpec, Hyper, OptionSpec};
 use super::inner::{Counters, Inner, Kind};
 use crate::error::Error;
@@ -241,7 +241,10 @@ impl Engine {
     /// A read-only view of each leaf's slow weights as they are now.
     fn slow<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let views = self.take(py)?.slow(py)?;
-        views.into_iter().map(|view| view.make(py, false)).collect()
+        views
+            .into_iter()
+            .map(|view| view.make(py, Access::Read))
+            .collect()
     }
 
     /// Read-only views of each leaf's state arrays, by name.
@@ -250,11 +253,28 @@ impl Engine {
         let named = |leaf: Vec<(&str, View)>| {
             let state = PyDict::new(py);
             for (name, view) in leaf {
-                state.set_item(name, view.make(py, false)?)?;
+                state.set_item(name, view.make(py, Access::Read)?)?;
             }
             Ok(state)
         };
         leaves.into_iter().map(named).collect()
+    }
+
+    /// Views of what is kept for each leaf, in the order of `kinds`, to read and to write between calls.
+    fn rows<'py>(&self, py: Python<'py>) -> PyResult<Vec<Vec<Bound<'py, PyAny>>>> {
+        let (arena, leaves) = self.take_fast(py)?.rows(py);
+        let made = |view: View| view.make(py, Access::Write);
+        let views = |leaf: Vec<View>| leaf.into_iter().map(made).collect();
+        // A view may be written to where its base may when it is made.
+        arena.call_method1(py, "setflags", (true,))?;
+        let made = leaves.into_iter().map(views).collect();
+        arena.call_method1(py, "setflags", (false,))?;
+        made
+    }
+
+    /// How far the run has come, and each leaf.
+    fn counters(&self, py: Python<'_>) -> PyResult<Counters> {
+        Ok(self.take(py)?.counters())
     }
 
     /// What is kept for each leaf: names, dtypes and shapes.

@@ -6,7 +6,7 @@ use numpy::prelude::*;
 use numpy::{PyArray1, PyUntypedArray};
 use pyo3::prelude::*;
 
-use super::super::array::{Shape, View, as_array};
+use super::super::array::{Access, Shape, View, as_array};
 use super::super::group::GroupSpec;
 use super::super::memory::{fill, read_row, restore, save};
 use super::Inner;
@@ -187,18 +187,31 @@ impl Inner {
         for (leaf, (array, _)) in self.leaves.iter().zip(&self.arrays) {
             // A plain array, whatever the parameter is.
             let mut copies = vec![array_of.call1((array,))?];
-            for ((_, dtype, shape_of), byte) in self.kinds_of(leaf) {
-                let view = if shape_of == *leaf.form.shape && dtype != "uint8" {
-                    self.bits(py, leaf, byte, dtype)
-                } else {
-                    let size = if dtype == "uint8" { 1 } else { 4 };
-                    self.run_of(py, byte, shape_of[0] * size, dtype, None)
-                };
-                copies.push(view.make(py, true)?);
+            for view in self.kept(py, leaf) {
+                copies.push(view.make(py, Access::Copied)?);
             }
             all.push(copies);
         }
         Ok(all)
+    }
+
+    /// Of each leaf what is kept for it, in the order of [`Self::kinds`]; and the array that all of it is in.
+    pub fn rows(&self, py: Python<'_>) -> (Py<PyArray1<u8>>, Vec<Vec<View>>) {
+        let kept = |leaf: &Leaf| self.kept(py, leaf).collect();
+        let leaves = self.leaves.iter().map(kept).collect();
+        (self.arena.array.clone_ref(py), leaves)
+    }
+
+    fn kept<'a>(&'a self, py: Python<'a>, leaf: &'a Leaf) -> impl Iterator<Item = View> + 'a {
+        let view = move |((_, dtype, shape_of), byte): (Kind, usize)| {
+            if shape_of == *leaf.form.shape && dtype != "uint8" {
+                self.bits(py, leaf, byte, dtype)
+            } else {
+                let size = if dtype == "uint8" { 1 } else { 4 };
+                self.run_of(py, byte, shape_of[0] * size, dtype, None)
+            }
+        };
+        self.kinds_of(leaf).into_iter().map(view)
     }
 
     /// Takes all that [`Self::dump`] gives, and the counters; the arrays are nobody else's.
