@@ -236,8 +236,22 @@ class Tensors:
         return Contender(step, self.push, self.pull, **more)
 
 
+def adapter_engine(case: Case, arrays: Arrays) -> Contender:
+    """The same as an optimizer of torch."""
+    whole_float32(case)
+    need("torch")
+    tensors = Tensors(case, arrays, own=False)
+    return tensors.contender(ls.torch.Optimizer(tensors.params, case.rule, threads=case.threads).step)
+
+
 def torch_engine(
-    case: Case, arrays: Arrays, own: bool = False, wrapper: str = "", late: int = 0, **mode: bool
+    case: Case,
+    arrays: Arrays,
+    own: bool = False,
+    wrapper: str = "",
+    names: tuple[str, str] = ("k", "alpha"),
+    late: int = 0,
+    **mode: bool,
 ) -> Contender:
     """Gradients of another dtype than their parameters' are copied first: torch takes no others."""
     if bool(case.lookahead) != bool(wrapper) or case.state_dtype:
@@ -249,7 +263,8 @@ def torch_engine(
         raise Missing("no such rule")
     optimizer = rule(tensors.params, **asdict(case.inner), **mode)
     if case.lookahead:
-        optimizer = need(wrapper).Lookahead(optimizer, k=case.cycle, alpha=case.lookahead.slow_step)
+        values = case.cycle, case.lookahead.slow_step
+        optimizer = need(wrapper).Lookahead(optimizer, **dict(zip(names, values, strict=True)))
     step = optimizer.step
     if case.g != case.p:
         copies = [torch.empty_like(p) for p in tensors.params]
@@ -409,6 +424,10 @@ ENGINES: dict[str, Callable[[Case, Arrays], Contender]] = {
     "lookstep": lookstep_engine,
     "lookstep-plain": plain_engine,
     "lookstep-lookahead": wrapped_engine,
+    "lookstep-torch": adapter_engine,
+    "lookstep-around-torch": partial(
+        torch_engine, wrapper="lookstep.torch", names=("sync_period", "slow_step"), fused=True
+    ),
     "numpy": numpy_engine,
     "numpy-naive": naive_engine,
     "numba": numba_engine,

@@ -32,9 +32,10 @@ from workload import INNER, RULES, Case, cases
 HERE = Path(__file__).parent
 RESULTS, CHART = HERE / "results.json", HERE.parent / "docs" / "speed.svg"
 
-ONE = "limit lookstep numpy numpy-naive numba torch-fused torch-foreach torch-single torch-own deepspeed"
-TWO = "limit lookstep numba torch-fused torch-single deepspeed optax"
-WRAPPED = "limit lookstep lookstep-plain numpy numba pytorch_optimizer torch_optimizer timm optax"
+ONE = "limit lookstep lookstep-torch numpy numpy-naive numba torch-fused torch-foreach torch-single torch-own deepspeed"
+TWO = "limit lookstep lookstep-torch numba torch-fused torch-single deepspeed optax"
+WRAPPED = "limit lookstep lookstep-plain numpy numba optax lookstep-torch "
+WRAPPED += "lookstep-around-torch pytorch_optimizer torch_optimizer timm"
 CURVES = "limit lookstep lookstep-lookahead numpy numba torch-fused torch-foreach optax"
 
 TABLES: dict[str, list[Case]] = {

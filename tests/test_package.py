@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.metadata
+import os
 import pkgutil
 import re
 import subprocess
@@ -53,13 +54,56 @@ def test_importing_lookstep_leaves_the_process_as_it_was():
     assert python(code) == "True\n"
 
 
+def need(framework):
+    """Skips what cannot run without a framework."""
+    if framework == "gpu":
+        gpu_arrays.device()
+    elif framework:
+        os.environ.setdefault("KERAS_BACKEND", "jax")
+        pytest.importorskip(framework, reason=f"{framework} is not installed")
+
+
+@pytest.mark.parametrize("framework", ["keras", "optax", "thinc", "torch"])
+def test_a_framework_is_imported_when_it_is_first_used(framework):
+    need(framework)
+    code = f"""if True:
+        import sys
+        import lookstep as ls
+        before = {framework!r} in sys.modules
+        ls.{framework}
+        print(before, {framework!r} in sys.modules)"""
+    assert python(code) == "False True\n"
+
+
+@pytest.mark.parametrize("framework", ["keras", "optax", "thinc", "torch"])
+def test_without_its_framework_an_adapter_says_what_to_install(framework):
+    code = f"""if True:
+        import sys
+        sys.modules[{framework!r}] = None
+        import lookstep as ls
+        try:
+            ls.{framework}
+        except ImportError as error:
+            print(error)"""
+    assert f'pip install "lookstep[{framework}]"' in python(code)
+
+
+@pytest.mark.parametrize("framework", ["keras", "optax", "jax", "thinc", "torch", "wgpu"])
+def test_a_framework_is_named_in_one_place(framework):
+    place = {"jax": "optax", "wgpu": "gpu"}.get(framework, framework)
+    root = Path(lookstep.__file__).parent
+    imports = re.compile(rf"^\s*(import|from) {framework}\b", re.MULTILINE)
+    found = {path.relative_to(root).parts[0] for path in root.rglob("*.py") if imports.search(path.read_text("utf-8"))}
+    assert {Path(name).stem for name in found} == {place}
+
+
 MODULES = ["lookstep", *(module.name for module in pkgutil.walk_packages(lookstep.__path__, "lookstep."))]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith(("_core", "__main__"))])
 def test_examples_in_docstrings_run(name):
-    if ".gpu" in name:
-        gpu_arrays.device()
+    framework = name.split(".")[1] if "." in name else None
+    need(framework if framework in lookstep._FRAMEWORKS else None)
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
@@ -80,10 +124,13 @@ def test_what_is_public_is_documented(name):
     assert all("Example:" in value.__doc__ for value in examples)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+PAGES = {"README": None, "migration": None, "scikit-learn": "sklearn"}
+"""What the examples of a page need, where its name does not say it."""
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
 def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
-    if "gpu" in page:
-        gpu_arrays.device()
+    need(PAGES.get(Path(page).stem, Path(page).stem))
     monkeypatch.chdir(tmp_path)
     text = (ROOT / page).read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)

@@ -391,6 +391,18 @@ def test_memory_is_followed_where_it_goes():
     assert bits(params) == bits(others)
 
 
+def test_an_exchange_of_axes_is_followed():
+    p = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    opt = Optimizer([p], ls.SGD(lr=1.0, momentum=0.5))
+    p.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    opt.step()
+    p.grad = None
+    p.data = p.data.t()
+    p.grad = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    opt.step()
+    assert p.tolist() == [[1.0, 1.5], [1.0, 4.0]]
+
+
 def test_slow_weights_are_for_evaluation():
     params = parameters()
     opt = Optimizer(params, ls.Lookahead(ls.SGD(lr=0.1), 5))

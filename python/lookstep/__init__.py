@@ -37,6 +37,10 @@ from .rules import (
 
 if TYPE_CHECKING:
     from . import gpu as gpu
+    from . import keras as keras
+    from . import optax as optax
+    from . import thinc as thinc
+    from . import torch as torch
 
 __all__ = [
     "ASGD",
@@ -70,10 +74,13 @@ __all__ = [
 ]
 
 
+_FRAMEWORKS = ("gpu", "keras", "optax", "thinc", "torch")
+
+
 def __getattr__(name: str) -> Any:
-    """Imports what needs wgpu when it is first used."""
-    if name == "gpu":
+    """Imports what needs a framework when it is first used."""
+    if name in _FRAMEWORKS:
         from importlib import import_module
 
-        return import_module(".gpu", __name__)
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -168,8 +168,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._wrote(self._params)
                 yield
         finally:
-            for p, pointer, array in zip(self._params, self._pointers, over.params.values(), strict=True):
-                if p.data_ptr() != pointer:  # It got other memory inside, where the fast weights have to go, too.
+            for p, place, array in zip(self._params, self._places, over.params.values(), strict=True):
+                if _place(p) != place:  # It got other memory inside, where the fast weights have to go, too.
                     p.data.copy_(as_tensor(array))
             self._wrote(self._params)
 
@@ -318,7 +318,7 @@ class Optimizer(torch.optim.Optimizer):
         groups = _matched(hyper, self.param_groups)
         over = optimizer.Optimizer(arrays, self._rule, groups=groups, **self._options)
         self._over, self._params, self._names, self._seen_hyper = over, params, names, hyper
-        self._pointers = [p.data_ptr() for p in params]
+        self._places = list(map(_place, params))
         self._seen_state = None
         self._note_run()
 
@@ -335,7 +335,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _caught_up(self) -> optimizer.Optimizer[dict[str, Array]]:
         """The optimizer over the tensors' memory, with tensors and hyper-parameters as they are now."""
-        if [p.data_ptr() for p in self._params] != self._pointers:
+        if list(map(_place, self._params)) != self._places:
             self._rebind()
         hyper = self._hyper(self.param_groups)
         if hyper != self._seen_hyper:
@@ -442,6 +442,11 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     given = [name for group in groups for name in group.get("param_names", ())]
     places = [f"{index}/{place}" for index, group in enumerate(groups) for place in range(len(group["params"]))]
     return given if len(set(given)) == len(places) else places
+
+
+def _place(p: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """Where a tensor's numbers are."""
+    return p.data_ptr(), p.stride()
 
 
 def _plain(value: Any) -> Any:
