@@ -8,6 +8,7 @@ try:
 except ImportError as error:
     raise ImportError('lookstep.torch needs torch: pip install "lookstep[torch]"') from error
 
+from .lookahead import Lookahead
 from .optimizer import Optimizer
 
-__all__ = ["Optimizer"]
+__all__ = ["Lookahead", "Optimizer"]
