@@ -386,6 +386,19 @@ def test_a_closure_that_is_called_several_times_is_one_step():
     assert (opt.steps, opt.syncs) == (2, 0)
 
 
+def test_a_step_of_the_inner_optimizer_by_hand_moves_fast_weights_and_is_not_counted():
+    p, opt = ten()
+    late = torch.nn.Parameter(torch.zeros(1))
+    opt.add_param_group({"params": [late]})
+    one_step(p, opt)
+    late.grad = torch.ones(1)
+    opt.inner.step()
+    assert (p, opt.steps) == (8, 1)
+    one_step(p, opt)
+    one_step(p, opt)
+    assert (p, opt.syncs) == (8, 1)
+
+
 def test_a_step_that_fails_is_none():
     p, opt = ten()
 

@@ -91,7 +91,8 @@ class Lookahead(Optimizer):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Lookahead":
         """Refuses unknown keywords before Python does, with the known ones."""
-        rules.Lookahead.__new__(rules.Lookahead, **{name: kwargs[name] for name in kwargs if name != "optimizer"})
+        if cls is Lookahead:
+            rules.Lookahead.__new__(rules.Lookahead, **{name: kwargs[name] for name in kwargs if name != "optimizer"})
         made: Lookahead = super().__new__(cls)
         return made
 
