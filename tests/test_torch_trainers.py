@@ -2,21 +2,29 @@
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint import state_dict as dsd  # noqa: E402
 
-from lookstep.torch import Lookahead  # noqa: E402
+import lookstep as ls  # noqa: E402
+from lookstep.torch import Lookahead, Optimizer  # noqa: E402
 
 OPTIMIZERS = {
     "lookahead": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.1), 3, 0.3),
     "lookahead-of-sgd": lambda params: Lookahead(torch.optim.SGD(params, lr=0.1), 3, 0.3),
     "lookahead-pullback": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.1), 3, 0.3, inner_state="pullback"),
     "lookahead-reset": lambda params: Lookahead(torch.optim.AdamW(params, lr=0.1), 3, 0.3, inner_state="reset"),
+    "compiled": lambda params: Optimizer(params, ls.Lookahead(ls.AdamW(lr=0.1), 3, 0.3)),
+    "compiled-plain": lambda params: Optimizer(params, ls.RAdam(lr=0.1)),
+    "compiled-pullback": lambda params: Optimizer(
+        params, ls.Lookahead(ls.NAdam(lr=0.1), 3, 0.3, inner_state="pullback")
+    ),
+    "compiled-reset": lambda params: Optimizer(params, ls.Lookahead(ls.AdamW(lr=0.1), 3, 0.3, inner_state="reset")),
 }
 """How to make an optimizer with cycles of three steps."""
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+wrappers = pytest.mark.parametrize("make", list(OPTIMIZERS.values())[:4], ids=list(OPTIMIZERS)[:4])
 at_any_step_of_a_cycle = pytest.mark.parametrize("at", [3, 4, 5])
 """After how many of seven steps the run is stopped."""
 STEPS = 7
@@ -90,7 +98,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@every_optimizer
+@wrappers
 def test_sharded_parameters_are_stepped_and_resume(make, one_process, tmp_path):
     data = list(torch.utils.data.DataLoader(batches(), batch_size=2))
     runs = []
@@ -108,6 +116,13 @@ def test_sharded_parameters_are_stepped_and_resume(make, one_process, tmp_path):
     dsd.set_state_dict(other, again, model_state_dict=weights, optim_state_dict=state)
     learn(other, again, data[4:])
     assert [p.full_tensor().detach().numpy().tobytes() for p in other.parameters()] == by_hand(make)
+
+
+def test_sharded_parameters_are_refused_where_they_cannot_be_stepped(one_process):
+    model = network()
+    torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=r'params\["0/0"\] is a DTensor.*use lookstep.torch.Lookahead'):
+        Optimizer(model.parameters(), ls.SGD())
 
 
 # Accelerate
@@ -211,7 +226,7 @@ def test_lightning_resumes(lightning, make, at, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-@every_optimizer
+@pytest.mark.parametrize("make", [OPTIMIZERS["lookahead"], OPTIMIZERS["compiled"]], ids=["lookahead", "compiled"])
 def test_what_lightning_passes_for_the_optimizer_shows_slow_weights(lightning, make, tmp_path):
     seen = []
 

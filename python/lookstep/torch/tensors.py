@@ -36,7 +36,10 @@ def _refusal(name: str, tensor: torch.Tensor, error: Exception) -> Exception:
             f"{name} is on {tensor.device}, but lookstep.torch.Optimizer steps tensors on the CPU: "
             "use lookstep.torch.Lookahead around an optimizer of torch's"
         )
-    return TypeError(f"{name} cannot be seen as a NumPy array: {error}")
+    return TypeError(
+        f"{name} is a {type(tensor).__name__} that cannot be seen as a NumPy array ({error}): "
+        "use lookstep.torch.Lookahead around an optimizer of torch's"
+    )
 
 
 def _bfloat16() -> Any:
