@@ -4,8 +4,6 @@ import copy
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
