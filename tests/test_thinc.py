@@ -1,7 +1,9 @@
 """A rule as an optimizer of thinc is the rule, in place, to thinc's models and to spaCy's training."""
 
+import copy
 import importlib.metadata
 import io
+import pickle
 import re
 import subprocess
 import sys
@@ -187,6 +189,24 @@ def test_an_array_that_takes_anothers_place_goes_on_with_its_state(rule):
         assert here.tobytes() == there.tobytes()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_alone(copied):
+    opt, here = Lookahead(ls.Adam(lr=0.1), 3), weights()
+    for g in gradients(4):
+        opt(KEY, here, g)
+    other, there = copied(opt), here.copy()
+    assert other.averages[KEY].tobytes() == opt.averages[KEY].tobytes()
+    for g in gradients(3, seed=1):
+        opt(KEY, here, g.copy())
+        other(KEY, there, g.copy())
+        assert here.tobytes() == there.tobytes()
+    other.learn_rate = 0.0
+    other(KEY, there, gradients(1)[0])
+    assert here.tobytes() == there.tobytes()
+    opt(KEY, here, gradients(1)[0])
+    assert here.tobytes() != there.tobytes()
+
+
 @pytest.mark.parametrize("other", [np.zeros((9, 5), "f4"), np.zeros((7, 5), "f8")], ids=["shape", "dtype"])
 def test_an_array_of_another_kind_starts_afresh(other):
     opt, fresh = Lookahead(ls.Adam(lr=0.1), 2), Lookahead(ls.Adam(lr=0.1), 2)
@@ -344,7 +364,7 @@ def test_arrays_that_cannot_be_stepped_are_refused(w, g, error, text):
 def test_a_rate_that_cannot_be_is_refused_before_anything_moves():
     opt, w = Optimizer({"name": "SGD", "lr": [1.0, np.nan]}), weights()
     opt.step_schedules()
-    with pytest.raises(ValueError, match="lr must be finite and >= 0, got nan at step 0"):
+    with pytest.raises(ValueError, match="lr must be finite and >= 0, got nan at step 0, from learn_rate"):
         opt(KEY, w, gradients(1)[0])
     assert w.tobytes() == weights().tobytes()
 
@@ -387,6 +407,18 @@ def test_a_model_learns_and_is_evaluated_on_its_slow_weights():
         assert accuracy(model) > 0.95
     assert bits(model) == fast
     assert bits(train(model, opt, 3)) == [a.tobytes() for a in opt.averages.values()]  # The 55th step is a sync.
+
+
+def test_averages_are_arrays_that_kernels_of_thinc_take():
+    model = thinc.HashEmbed(4, 10, column=0).initialize()
+    ids = np.arange(6, dtype="uint64").reshape(3, 2)
+    opt = Lookahead(ls.SGD(lr=1.0), 3)
+    vectors, back = model.begin_update(ids)
+    back(np.ones_like(vectors))
+    model.finish_update(opt)
+    with model.use_params(opt.averages):
+        assert (model.predict(ids) == vectors).all()
+    assert (model.predict(ids) != vectors).all()
 
 
 SCHEDULED = """[optimizer]

@@ -28,17 +28,17 @@ class LookaheadState(NamedTuple):
 
     inner: Any
     slow: Any
-    steps: Any
+    steps: jax.Array
     before: Any
 
 
 def lookahead(
-    inner: Any,
-    sync_period: Any = 5,
-    slow_step: Any = 0.5,
+    inner: optax.GradientTransformation,
+    sync_period: int | jax.Array = 5,
+    slow_step: float | jax.Array = 0.5,
     *,
     inner_state: Literal["keep", "reset", "pullback"] = "keep",
-) -> Any:
+) -> optax.GradientTransformationExtraArgs:
     r"""Lookahead around any gradient transformation, with the slow weights in the state: parameters stay what they are.
 
     Fast weights $\theta$ are moved by the inner transformation for `sync_period` steps ($k$); then slow weights $\phi$

@@ -36,7 +36,7 @@ class Optimizer(_Optimizer):
     if it has the same shape and dtype; otherwise it starts afresh.
 
     `averages` are what to evaluate: the slow weights of `Lookahead`, the averages of rules that have some, and the
-    weights themselves for others. They are views, made when they are asked for, and right until the next step.
+    weights themselves for others. They are copies, made when they are asked for.
     `learn_rate` and `grad_clip` may be set at any time, and follow their schedules by `step_schedules()`.
 
     Args:
@@ -79,7 +79,7 @@ class Optimizer(_Optimizer):
             grad_clip=grad_clip if isinstance(grad_clip, Iterator | list) else at_least_zero("grad_clip", grad_clip),
             use_averages=flag("use_averages", use_averages),
         )
-        self._lr_scale = 1.0
+        self._lr = _Rate()
         self._rule = with_inner(rule, replace(inner, lr=self._lr))
         self._runs: dict[Any, tuple[optimizer.Optimizer[Any], float]] = {}
         self._schedule_steps = 0
@@ -107,7 +107,7 @@ class Optimizer(_Optimizer):
                     "or with thinc's own optimizers"
                 )
         if gradient.size:
-            self._lr_scale = lr_scale
+            self._lr.now = self.learn_rate * lr_scale
             self._run(key, weights).step({_name(key): gradient})
             gradient[...] = 0
             self.nr_update[key] += 1
@@ -118,7 +118,9 @@ class Optimizer(_Optimizer):
         """What to evaluate, by key, for `use_params` of a model or of spaCy's pipeline; `None` without averages."""
         if not self._use_averages:
             return None
-        return {key: run.slow[_name(key)] for key, (run, _) in self._runs.items()}
+        # Kernels of thinc refuse the read-only views that there are of slow weights.
+        found = [(key, run.slow[_name(key)], run.params[_name(key)]) for key, (run, _) in self._runs.items()]
+        return {key: slow.astype(weights.dtype) for key, slow, weights in found}
 
     @averages.setter
     def averages(self, averages: dict[Any, Any] | None) -> None:
@@ -232,9 +234,17 @@ class Optimizer(_Optimizer):
     def _new(self, name: str, weights: Any) -> optimizer.Optimizer[Any]:
         return optimizer.Optimizer({name: weights}, self._rule, max_grad_norm=self.grad_clip or None)
 
-    def _lr(self, step: int) -> float:
-        """The learning rate of the present call, which thinc's schedules and callers may change."""
-        return float(self.learn_rate * self._lr_scale)
+
+class _Rate:
+    """The learning rate of the present call, which is a schedule to the rule: thinc's schedules and callers set it."""
+
+    now: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        return self.now
+
+    def __repr__(self) -> str:
+        return "learn_rate"
 
 
 def Lookahead(
