@@ -3,7 +3,7 @@
 import pickle
 import subprocess
 import sys
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
@@ -18,14 +18,20 @@ from jax import numpy as jnp  # noqa: E402
 from lookstep.optax import LookaheadState, lookahead, slow_params  # noqa: E402
 
 
-def train(tx, params, gradient, steps, *, jit=False, state=None, first=0):
-    """The fast weights after each step, and the last state."""
-
+def stepper(tx, gradient):
     def step(params, state, i):
         updates, state = tx.update(gradient(params, i), state, params)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step) if jit else step
+    return step
+
+
+compiled = lru_cache(lambda tx, gradient: jax.jit(stepper(tx, gradient)))
+
+
+def train(tx, params, gradient, steps, *, jit=True, state=None, first=0):
+    """The fast weights after each step, and the last state."""
+    step = (compiled if jit else stepper)(tx, gradient)
     state = tx.init(params) if state is None else state
     path = []
     for i in range(first, first + steps):
@@ -56,7 +62,6 @@ INNER = {
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
     "adam": lambda: optax.adam(0.1),
     "lamb": lambda: optax.lamb(0.1),
-    "adafactor": lambda: optax.adafactor(0.1),
     "schedule-free": lambda: optax.contrib.schedule_free_sgd(0.1),
 }
 every_inner = pytest.mark.parametrize("inner", INNER.values(), ids=INNER.keys())
@@ -132,7 +137,7 @@ def test_lookahead_follows_the_paper(sync_period, slow_step, dtype):
     with jax.enable_x64(dtype == "float64"):
         given = jnp.asarray(grads)
         tx = lookahead(INNER["momentum"](), **cycle)
-        path, _ = train(tx, jnp.asarray(start), lambda p, i: given[i], 11, jit=True)
+        path, _ = train(tx, jnp.asarray(start), lambda p, i: given[i], 11)
         assert path[-1].dtype == dtype
     scale = np.abs(exact).max(axis=0) + np.abs(np.diff(exact, axis=0)).sum(axis=0)
     assert (np.abs(np.array(path) - exact) <= 4 * 11 * np.finfo(dtype).eps * scale).all()
@@ -161,12 +166,12 @@ def test_slow_step_one_is_the_inner_transformation_bit_for_bit(inner, jit):
         assert bits(plain) == bits(wrapped)
 
 
-@pytest.mark.parametrize("slow_step", [0.0, 0.1, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("slow_step", [0.0, 0.3, 0.7, 1.0])
 def test_a_sync_leads_to_the_exact_lerp_and_the_next_cycle_starts_there_bit_for_bit(slow_step):
     start = normal(size=1000)
     a, rest = np.float32(slow_step), np.float32(1 - slow_step)
     slow, tx = np.asarray(start), lookahead(optax.sgd(0.01), 2, slow_step)
-    path, state = train(tx, start, waves, 2)
+    path, state = train(tx, start, waves, 2, jit=False)  # Compiled, products may be contracted.
     gradient = np.asarray(waves(path[0], 1))
     fast = np.asarray(path[0]) + np.float32(-0.01) * gradient
     met = fast - (fast - slow) * rest if slow_step >= 0.5 else slow + a * (fast - slow)
@@ -174,7 +179,7 @@ def test_a_sync_leads_to_the_exact_lerp_and_the_next_cycle_starts_there_bit_for_
     assert exact.mean() > 0.9
     assert np.array_equal(np.asarray(path[1])[exact], met[exact])
     assert bits(slow_params(state, path[1])) == bits(path[1])
-    (after,), state = train(tx, path[1], waves, 1, state=state)
+    (after,), state = train(tx, path[1], waves, 1, jit=False, state=state)
     assert bits(state.slow) == bits(path[1]) == bits(slow_params(state, after))
 
 
@@ -205,14 +210,15 @@ def test_weights_loaded_between_cycles_are_the_slow_weights():
 
 def test_within_another_lookahead_periods_count_steps():
     tx = lookahead(lookahead(optax.sgd(1.0), 3), 6)
-    path, state = train(tx, jnp.array([10.0]), ones, 12, jit=True)
+    path, state = train(tx, jnp.array([10.0]), ones, 12)
     assert np.ravel(path).tolist() == [9, 8, 8.5, 7.5, 6.5, 8.5, 7.5, 6.5, 7, 6, 5, 7]
     path, state = train(tx, path[-1], ones, 4, state=state)
     assert slow_params(state, path[-1]) == 7  # The outermost.
 
 
 def in_steps(gradients, tx, start=10.0):
-    path, state = train(tx, jnp.array([start]), lambda p, i: jnp.array([gradients[i]]), len(gradients))
+    given = jnp.array(gradients)[:, None]
+    path, state = train(tx, jnp.array([start]), lambda p, i: given[i], len(gradients))
     return np.ravel(path).tolist(), state
 
 
@@ -278,7 +284,7 @@ AROUND = {
 def test_slow_weights_are_found_in_what_is_around(name, slow_b):
     tx = AROUND[name](lookahead(optax.sgd(1.0), 3))
     start = {"a": jnp.array(10.0), "b": [jnp.array(10.0)]}
-    (*_, params), state = train(tx, start, ones, 2, jit=True)
+    (*_, params), state = train(tx, start, ones, 2)
     assert jax.tree.map(float, slow_params(state, params)) == {"a": 10, "b": [slow_b]}
     assert jax.tree.map(float, jax.jit(slow_params)(state, params)) == {"a": 10, "b": [slow_b]}
     assert params["a"] == 8
@@ -296,7 +302,7 @@ def test_leaves_of_any_kind_keep_structure_and_dtype():
         "nothing": (),
     }
     tx = lookahead(optax.sgd(1.0), 3)
-    path, state = train(tx, start, ones, 3, jit=True)
+    path, state = train(tx, start, ones, 3)
     assert jax.tree.map(jnp.result_type, path[-1]) == jax.tree.map(jnp.result_type, start)
     assert path[-1]["complex"].tolist() == [8.5 + 10j]
     assert all((np.real(leaf) == 8.5).all() for leaf in jax.tree.leaves(path[-1]))
@@ -304,10 +310,10 @@ def test_leaves_of_any_kind_keep_structure_and_dtype():
     assert train(tx, {}, ones, 3)[0] == [{}, {}, {}]
 
 
-@pytest.mark.parametrize("inner_state", ["keep", "reset", "pullback"])
+@pytest.mark.parametrize("inner_state", ["reset", "pullback"])
 @pytest.mark.parametrize("inner", [optax.identity, lambda: optax.noisy_sgd(0.1, 0.1, key=jax.random.key(0))])
 def test_inner_states_without_arrays_or_with_keys_of_random_numbers(inner, inner_state):
-    path, state = train(lookahead(inner(), 2, inner_state=inner_state), normal(), waves, 5, jit=True)
+    path, state = train(lookahead(inner(), 2, inner_state=inner_state), normal(), waves, 5)
     assert np.isfinite(path).all()
     assert state.steps == 1
 
@@ -331,12 +337,8 @@ def test_slow_weights_of_16_bits_keep_their_digits_from_cycle_to_cycle(dtype, ji
 def test_buffers_may_be_donated(inner_state):
     tx = lookahead(optax.adam(0.1), 2, inner_state=inner_state)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, i):
-        updates, state = tx.update(waves(params, i), state, params)
-        return optax.apply_updates(params, updates), state
-
-    plain, _ = train(tx, normal(), waves, 5, jit=True)
+    step = jax.jit(stepper(tx, waves), donate_argnums=(0, 1))
+    plain, _ = train(tx, normal(), waves, 5)
     for init in (tx.init, jax.jit(tx.init)):
         params = normal()
         state = init(params)
@@ -350,8 +352,8 @@ def test_buffers_may_be_donated(inner_state):
 def test_vmap_trains_each_row_as_alone():
     tx, start = lookahead(optax.sgd(0.1), 2), normal(size=(3, 5))
     rows = optax.GradientTransformation(jax.vmap(tx.init), jax.vmap(tx.update))
-    path, state = train(rows, start, waves, 5, jit=True)
-    alone = [train(tx, row, waves, 5, jit=True)[0][-1] for row in start]
+    path, state = train(rows, start, waves, 5)
+    alone = [train(tx, row, waves, 5)[0][-1] for row in start]
     np.testing.assert_allclose(path[-1], np.stack(alone), rtol=1e-5)
     np.testing.assert_array_equal(jax.vmap(slow_params)(state, path[-1]), state.slow)
 
