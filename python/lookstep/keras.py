@@ -113,9 +113,18 @@ class Lookahead(keras.optimizers.Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses to set what would have no effect here."""
-        if name in _ON_WRAPPED and "inner_optimizer" in vars(self):
+        made = "inner_optimizer" in vars(self)  # Before that, Keras' constructor sets its own defaults.
+        if made and name in _ON_WRAPPED:
             raise AttributeError(f"{name} belongs on the wrapped optimizer: set it on inner_optimizer")
-        super().__setattr__(name, value)
+        if name != "loss_scale_factor":
+            super().__setattr__(name, value)
+        elif made and any(isinstance(part, keras.optimizers.LossScaleOptimizer) for part in _chain(self)):
+            raise ValueError(
+                "this Lookahead wraps a LossScaleOptimizer, and a loss can only be scaled once: wrap the Lookahead in "
+                "the LossScaleOptimizer, or compile with auto_scale_loss=False"
+            )
+        elif made:
+            self.inner_optimizer.loss_scale_factor = value
 
     def build(self, variables: Sequence[Any]) -> None:
         """Makes the slow weights, and what the wrapped optimizer keeps."""
@@ -294,20 +303,9 @@ class Lookahead(keras.optimizers.Optimizer):
 
     @property
     def loss_scale_factor(self) -> float | None:
-        """The wrapped optimizer's; a `LossScaleOptimizer` around this one sets it to None."""
+        """The wrapped optimizer's; to set it here sets it there, as a `LossScaleOptimizer` around this one does."""
         factor: float | None = self.inner_optimizer.loss_scale_factor
         return factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, factor: float | None) -> None:
-        if "inner_optimizer" not in vars(self):  # Keras' constructor sets its own default.
-            return
-        if any(isinstance(part, keras.optimizers.LossScaleOptimizer) for part in _chain(self)):
-            raise ValueError(
-                "this Lookahead wraps a LossScaleOptimizer, and the loss can only be scaled once: wrap the Lookahead "
-                "in the LossScaleOptimizer, or compile with auto_scale_loss=False"
-            )
-        self.inner_optimizer.loss_scale_factor = factor
 
     def scale_loss(self, loss: Any) -> Any:
         """The loss, scaled as the wrapped optimizer does."""
@@ -519,14 +517,16 @@ class RAdam(keras.optimizers.Optimizer):
         self._m = [_variable_for(self, variable, "m") for variable in variables]
         self._v = [_variable_for(self, variable, "v") for variable in variables]
 
-    def _backend_update_step(self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
         # What depends on the step alone is the same for all variables.
         scalars = self._scalars(learning_rate)
         super()._backend_update_step(grads, trainable_variables, scalars)
 
     def _scalars(self, learning_rate: Any) -> tuple[Any, Any]:
         """Whether the step is adaptive, and by what it is multiplied."""
-        dtype = keras.backend.result_type("float32", *(_dtype(variable) for variable in self._trainable_variables))
+        dtype = "float64" if any(_dtype(variable) == "float64" for variable in self._trainable_variables) else "float32"
         t = ops.cast(self.iterations + 1, dtype)
         size = ops.cast(learning_rate, dtype) / _complement(self.beta_1, t)
         inf = 2 / (1 - self.beta_2) - 1
@@ -534,7 +534,7 @@ class RAdam(keras.optimizers.Optimizer):
             return ops.zeros((), dtype="bool"), size
         rho = _rho(self.beta_2, t)
         adaptive = rho > 5
-        rho = ops.maximum(rho, 5)  # Without it there would be roots of less than zero, though they are not taken.
+        rho = ops.where(adaptive, rho, 5)  # No roots of less than zero, even where they are not taken.
         squared = (rho - 4) * (rho - 2) * inf / ((inf - 4) * (inf - 2) * rho)
         return adaptive, size * ops.where(adaptive, ops.sqrt(squared * _complement(self.beta_2, t)), 1)
 
@@ -548,7 +548,8 @@ class RAdam(keras.optimizers.Optimizer):
         m = self.beta_1 * m + (1 - self.beta_1) * g
         v = self.beta_2 * v + (1 - self.beta_2) * ops.square(g)
         z = ops.where(adaptive, ops.sqrt(v) + self.epsilon, 1)
-        step = ops.divide_no_nan(ops.cast(size, m.dtype) * m, z)
+        nothing = ops.equal(z, 0)
+        step = ops.where(nothing, 0, ops.cast(size, m.dtype) * m / ops.where(nothing, 1, z))
         self.assign(self._m[i], m)
         self.assign(self._v[i], v)
         self.assign(variable, ops.cast(ops.cast(variable, m.dtype) - step, _dtype(variable)))
@@ -568,8 +569,8 @@ def _rho(beta: float, t: Any) -> Any:
     """The paper's rho: the length of the simple average that the second moment stands for.
 
     With `x = -ln beta` it is `rho_inf - 2 t / (exp(t x) - 1)`, which early on is a small difference of large numbers:
-    in float32 nothing is left of it. It is also `t - 2 (E(t x) - E(x)) / x`, where `E(x) = x / (1 - exp(-x)) - 1 - x / 2`
-    is small then. About `t x = 2`, each takes away a third of what it takes it from.
+    in float32 nothing is left of it. It is also `t - 2 (E(t x) - E(x)) / x`, where `E(x)` is small then, and is
+    `x / (1 - exp(-x)) - 1 - x / 2`. About `t x = 2`, each takes away a third of what it takes it from.
     """
     x = -math.log(beta)
     early = t - 2 * (_beyond(t * x) - _beyond(x)) / x
@@ -601,7 +602,7 @@ def _variable_for(optimizer: Any, variable: Any, name: str) -> Any:
     path = getattr(variable, "path", variable.name).replace("/", "_").replace(":", "_")
     return optimizer.add_variable(
         shape=variable.shape,
-        dtype=keras.backend.result_type(_dtype(variable), "float32"),
+        dtype="float32" if _dtype(variable) in ("float16", "bfloat16") else _dtype(variable),
         layout=getattr(variable, "_layout", None),
         name=f"{path}_{name}",
     )
