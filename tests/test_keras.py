@@ -59,10 +59,11 @@ def path_of(optimizer, steps, gradient=1.0, start=10.0):
     return path
 
 
-def model_of(optimizer, **compiled):
-    """A small network, the same one each time."""
+def model_of(optimizer, hidden=0, **compiled):
+    """A small model, the same one each time; a linear one takes least time to compile."""
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)])
+    between = [keras.layers.Dense(hidden, activation="tanh")] if hidden else []
+    model = keras.Sequential([keras.Input((3,)), *between, keras.layers.Dense(1)])
     model.compile(optimizer, "mse", **compiled)
     return model
 
@@ -141,14 +142,14 @@ INNER = {
 
 @pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 def test_slow_step_one_is_the_wrapped_optimizer_bit_for_bit(inner):
-    plain, wrapped = model_of(inner()), model_of(Lookahead(inner(), sync_period=5, slow_step=1.0))
+    plain, wrapped = (model_of(o, hidden=4) for o in (inner(), Lookahead(inner(), sync_period=5, slow_step=1.0)))
     assert fit(plain, 3) == fit(wrapped, 3)
     assert bits(plain.variables) == bits(wrapped.variables)
     assert bits(plain.optimizer.variables) == bits(wrapped.optimizer.inner_optimizer.variables)
 
 
 def test_the_article_s_example_trains():
-    model = model_of(Lookahead(Adam(0.05), sync_period=5, slow_step=0.5), metrics=["mae"])
+    model = model_of(Lookahead(Adam(0.05), sync_period=5, slow_step=0.5), hidden=4, metrics=["mae"])
     before = model.evaluate(X, Y, verbose=0)
     losses = fit(model, 5, validation_split=0.2)["val_loss"]
     assert losses[-1] < losses[0]
@@ -169,7 +170,7 @@ def test_compiled_and_not_are_one_trajectory():
 
 
 def test_after_a_sync_slow_is_fast_bit_for_bit():
-    model = model_of(Lookahead(Adam(0.1), 3, 0.7))
+    model = model_of(Lookahead(Adam(0.1), 3, 0.7), hidden=4)
     for i in range(1, 10):
         model.train_on_batch(X, Y)
         pairs = model.optimizer._kept()
@@ -205,7 +206,7 @@ def test_a_variable_without_a_gradient_takes_part_in_the_sync():
 
 
 def test_frozen_layers_stay():
-    model = model_of(Lookahead(SGD(0.1), 2))
+    model = model_of(Lookahead(SGD(0.1), 2), hidden=4)
     model.layers[0].trainable = False
     model.compile(model.optimizer, "mse")
     frozen, before = bits(model.layers[0].variables), bits(model.layers[1].variables)
@@ -623,7 +624,14 @@ def test_without_keras_the_import_says_what_to_install(monkeypatch):
         importlib.import_module("lookstep.keras")
 
 
-PACKAGES = {"jax": "jax", "torch": "torch", "tensorflow": "tensorflow"}
+def test_the_page_s_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "keras.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert snippets
+    namespace: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "docs/keras.md", "exec"), namespace)
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch", pytest.param("tensorflow", marks=pytest.mark.tensorflow)])

@@ -6,7 +6,7 @@ Rust kernel is not used here.
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
@@ -153,12 +153,11 @@ class Lookahead(keras.optimizers.Optimizer):
             self.build(trainable_variables)
         elif not self.built:
             raise ValueError("the optimizer is not built: pass the variables too, or call build(variables) first")
-        # Tensors of now: a variable would show what it becomes.
-        between, steps = self._between_cycles, ops.copy(self._steps)
-        slow = [_begun(kept, variable, between) for kept, variable in self._kept()]
         *_, innermost = _chain(self)
-        calls = ops.copy(innermost._iterations)
+        # Copies, because variables would show what they become.
+        steps, calls = ops.copy(self._steps), ops.copy(innermost._iterations)
         averages = innermost.use_ema and self.slow_step < 1
+        self._assign_if(self._between_cycles, self._beginning)
         innermost.use_ema = innermost.use_ema and not averages  # Its averages are of weights after the sync, below.
         try:
             self._apply_within(grads, trainable_variables)
@@ -166,19 +165,42 @@ class Lookahead(keras.optimizers.Optimizer):
             innermost.use_ema = innermost.use_ema or averages
         applied = ops.not_equal(self._steps, steps)
         self._iterations.assign_add(ops.cast(applied, self._iterations.dtype))
-        ends = ops.logical_and(applied, ops.equal(self._iterations % self.sync_period, 0))
-        for (kept, variable), begun in zip(self._kept(), slow, strict=True):
-            if self.slow_step == 1:
-                self.assign(kept, begun)
-                continue
-            fast = ops.convert_to_tensor(variable)
-            synced = self._synced(ops.cast(fast, kept.dtype), begun)
-            if variable.constraint is not None:
-                synced = variable.constraint(synced)
-            self.assign(kept, ops.where(ends, synced, begun))
-            self.assign(variable, ops.where(ends, ops.cast(synced, fast.dtype), fast))
+        if self.slow_step < 1:
+            self._assign_if(ops.logical_and(applied, ops.equal(self._iterations % self.sync_period, 0)), self._ending)
         if averages:
             self._average(innermost, calls)
+
+    def _assign_if(self, condition: Any, changes: Callable[[], Iterator[tuple[Any, Any]]]) -> None:
+        """Makes changes to variables where a condition holds, which is a tensor."""
+        if keras.backend.backend() == "jax":  # It has no conditional assignments.
+            for variable, value in changes():
+                variable.assign(ops.where(condition, value, ops.convert_to_tensor(variable)))
+            return
+
+        def assign() -> None:
+            for variable, value in changes():
+                self.assign(variable, value)
+
+        ops.cond(condition, assign, lambda: None)  # Most steps then leave the slow weights alone.
+
+    def _beginning(self) -> Iterator[tuple[Any, Any]]:
+        """Where a cycle begins, slow weights are the fast ones."""
+        for slow, variable in self._kept():
+            fast = ops.cast(variable, slow.dtype)
+            if _dtype(variable) != slow.dtype:
+                # Slow weights that the fast ones are a rounding of keep their digits.
+                is_rounded = ops.equal(ops.cast(slow, _dtype(variable)), ops.convert_to_tensor(variable))
+                fast = ops.where(is_rounded, ops.convert_to_tensor(slow), fast)
+            yield slow, fast
+
+    def _ending(self) -> Iterator[tuple[Any, Any]]:
+        """Where it ends, slow weights move toward the fast ones, which start again from there."""
+        for slow, variable in self._kept():
+            synced = self._synced(ops.cast(variable, slow.dtype), ops.convert_to_tensor(slow))
+            if variable.constraint is not None:
+                synced = variable.constraint(synced)
+            yield slow, synced
+            yield variable, ops.cast(synced, _dtype(variable))
 
     def _synced(self, fast: Any, slow: Any) -> Any:
         """Where slow weights move to; exact at both ends."""
@@ -606,16 +628,6 @@ def _variable_for(optimizer: Any, variable: Any, name: str) -> Any:
         layout=getattr(variable, "_layout", None),
         name=f"{path}_{name}",
     )
-
-
-def _begun(slow: Any, variable: Any, between: Any) -> Any:
-    """The slow weights of a step's cycle: between cycles, the fast ones."""
-    slow, fast = ops.convert_to_tensor(slow), ops.convert_to_tensor(variable)
-    now = ops.cast(fast, slow.dtype)
-    if now.dtype != fast.dtype:
-        # Slow weights that the fast ones are a rounding of keep their digits.
-        now = ops.where(ops.equal(ops.cast(slow, fast.dtype), fast), slow, now)
-    return ops.where(between, now, slow)
 
 
 def _chain(optimizer: Any) -> Iterator[Any]:
