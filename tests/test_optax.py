@@ -333,6 +333,22 @@ def test_slow_weights_of_16_bits_keep_their_digits_from_cycle_to_cycle(dtype, ji
     assert loaded[0].tolist() == [4, 4, 4]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_after_a_sync_parameters_of_16_bits_are_the_slow_weights_rounded(dtype):
+    start = normal(size=1000).astype(dtype)
+    (params,), state = train(lookahead(optax.sgd(0.5), 1, 0.7), start, waves, 1)
+    ratio = np.abs(np.float32(params) / np.float32(start))
+    near = (ratio > 0.5) & (ratio < 2)
+    assert near.mean() > 0.4
+    assert (params == state.slow.astype(dtype))[near].all()
+
+
+def test_a_reset_begins_with_the_weights_of_the_sync():
+    tx = lookahead(optax.contrib.schedule_free_sgd(0.1), 2, inner_state="reset")
+    path, state = train(tx, normal(), waves, 2)
+    assert bits(state.inner.z) == bits(path[-1])
+
+
 @pytest.mark.parametrize("inner_state", ["keep", "reset", "pullback"])
 def test_buffers_may_be_donated(inner_state):
     tx = lookahead(optax.adam(0.1), 2, inner_state=inner_state)
