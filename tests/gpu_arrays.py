@@ -1,6 +1,7 @@
 """What tests of GPU arrays share: one device, and an optimizer on it beside one on the CPU."""
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 
 import ml_dtypes
@@ -15,6 +16,9 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 @lru_cache(maxsize=1)
 def device():
     """The device that all tests share; a module of tests is skipped without one, or fails where there must be one."""
+    with suppress(ImportError):
+        # It brings LLVM, as Mesa does. To import it second, as torch does at any time, ends the process.
+        import triton  # noqa: F401
     try:
         return ls.gpu.default_device()
     except (ImportError, RuntimeError) as error:
