@@ -391,6 +391,23 @@ def test_memory_is_followed_where_it_goes():
     assert bits(params) == bits(others)
 
 
+def test_tensors_that_groups_get_instead_are_stepped():
+    """Those that stay keep their state, and a run that was wrapped by its attributes goes on with it."""
+    params = parameters()
+    opt = Optimizer(params, ls.Lookahead(ls.Adam(lr=0.1), 5))
+    run(opt, params, range(3))
+    other = torch.ones(7, dtype=torch.float64)
+    moment = opt.state[params[0]]["exp_avg"].clone()
+    opt.param_groups[0]["params"] = [params[0], other]
+    gone = bits(params[1:])
+    run(opt, [params[0], other], [3])
+    assert bits(params[1:]) == gone
+    assert (opt.steps, opt.state[other]["step"], opt.state[params[0]]["step"]) == (4, 1, 4)
+    assert not other.equal(torch.ones_like(other))
+    gradient = gradients(params, 3)[0]
+    torch.testing.assert_close(opt.state[params[0]]["exp_avg"], 0.9 * moment + 0.1 * gradient)
+
+
 def test_an_exchange_of_axes_is_followed():
     p = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     opt = Optimizer([p], ls.SGD(lr=1.0, momentum=0.5))

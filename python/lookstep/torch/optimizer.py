@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any, Literal, overload
 
@@ -18,6 +18,21 @@ from .tensors import Array, array_of, as_tensor
 
 _RUN = "lookstep"
 """Where a group says how far the run has come."""
+
+_State = defaultdict[torch.Tensor, Any]
+
+
+@dataclass
+class _Bound:
+    """The optimizer over the memory of tensors, and how they and their groups were when it was made."""
+
+    over: optimizer.Optimizer[dict[str, Array]]
+    params: list[torch.Tensor]
+    names: list[str]
+    places: list[Any]
+    hyper: list[dict[str, Any]]
+    state: tuple[tuple[int, int], _State] | None = None
+    """What was last read of its state, and after how many steps and syncs."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -82,7 +97,6 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     param_groups: list[dict[str, Any]]
-    _seen_state: tuple[tuple[int, int], defaultdict[torch.Tensor, Any]] | None
 
     def __init__(
         self,
@@ -113,10 +127,12 @@ class Optimizer(torch.optim.Optimizer):
             "seed": seed,
             "threads": threads,
         }
-        self._over: optimizer.Optimizer[dict[str, Array]] | None = None
         self._hyper_names = list(_defaults(plan))
+        # Once made, it is changed and never replaced: Lightning's optimizers share it with what they wrap.
+        self._bound: _Bound | None = None
         super().__init__(params, _defaults(plan))
-        self._bind()
+        self._bound = self._bind()
+        self._note_run()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -139,39 +155,44 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        over = self._caught_up()
-        grads = [p.grad for p in self._params]
+        bound = self._followed()
+        hyper = self._hyper(self.param_groups)
+        if hyper != bound.hyper:
+            bound.over.groups = _matched(hyper, self.param_groups)
+            bound.hyper = hyper
+        grads = [p.grad for p in bound.params]
         arrays = [
             None if grad is None else array_of(f'grads["{name}"]', grad)
-            for name, grad in zip(self._names, grads, strict=True)
+            for name, grad in zip(bound.names, grads, strict=True)
         ]
-        steps, syncs = over.steps, over.syncs
-        over.step(dict(zip(self._names, arrays, strict=True)))
-        if over.syncs != syncs:
-            self._wrote(self._params)
-        elif over.steps != steps:
-            self._wrote([p for p, grad in zip(self._params, grads, strict=True) if grad is not None])
+        steps, syncs = bound.over.steps, bound.over.syncs
+        bound.over.step(dict(zip(bound.names, arrays, strict=True)))
+        if bound.over.syncs != syncs:
+            _wrote(bound.params)
+        elif bound.over.steps != steps:
+            _wrote([p for p, grad in zip(bound.params, grads, strict=True) if grad is not None])
         return loss
 
     def sync(self) -> None:
         """Ends the cycle now: see `lookstep.Optimizer.sync`."""
-        self._caught_up().sync()
-        self._wrote(self._params)
+        bound = self._followed()
+        bound.over.sync()
+        _wrote(bound.params)
 
     @contextmanager
     def slow_weights(self) -> Iterator[None]:
         """A context in which the parameters hold the slow weights: see `lookstep.Optimizer.slow_weights`."""
-        over = self._caught_up()
+        bound = self._followed()
         try:
-            with over.slow_weights():
-                self._seen_state = None
-                self._wrote(self._params)
+            with bound.over.slow_weights():
+                bound.state = None
+                _wrote(bound.params)
                 yield
         finally:
-            for p, place, array in zip(self._params, self._places, over.params.values(), strict=True):
+            for p, place, array in zip(bound.params, bound.places, bound.over.params.values(), strict=True):
                 if _place(p) != place:  # It got other memory inside, where the fast weights have to go, too.
                     p.data.copy_(as_tensor(array))
-            self._wrote(self._params)
+            _wrote(bound.params)
 
     @property
     def rule(self) -> Rule:
@@ -181,45 +202,46 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def steps(self) -> int:
         """Steps applied so far."""
-        return self._made.steps
+        return self._made.over.steps
 
     @property
     def syncs(self) -> int:
         """Syncs so far; where cycles are nested, of the innermost one."""
-        return self._made.syncs
+        return self._made.over.syncs
 
     @property
     def skipped(self) -> int:
         """Steps that were dropped because a gradient was not finite, with `nonfinite="skip"`."""
-        return self._made.skipped
+        return self._made.over.skipped
 
     @property
     def grad_norm(self) -> float | None:
         """The norm of all gradients of the last step together: see `lookstep.Optimizer.grad_norm`."""
-        return self._made.grad_norm
+        return self._made.over.grad_norm
 
     @property
     def slow_step(self) -> float | None:
         """The slow step of the last sync: see `lookstep.Optimizer.slow_step`."""
-        return self._made.slow_step
+        return self._made.over.slow_step
 
     @property
-    def state(self) -> defaultdict[torch.Tensor, Any]:
+    def state(self) -> _State:
         """The state of each parameter that has been stepped, by torch's keys; tensors share the optimizer's memory.
 
         To set it is to load it.
         """
-        if self._over is None:
+        if self._bound is None:
             return defaultdict(dict)
-        stamp = self._over.steps, self._over.syncs
-        if self._seen_state is None or self._seen_state[0] != stamp:
-            self._seen_state = stamp, self._read_state()
-        return self._seen_state[1]
+        over = self._bound.over
+        stamp = over.steps, over.syncs
+        if self._bound.state is None or self._bound.state[0] != stamp:
+            self._bound.state = stamp, self._read_state()
+        return self._bound.state[1]
 
     @state.setter
     def state(self, state: Mapping[torch.Tensor, Any]) -> None:
-        if self._over is not None:  # torch's own constructor sets an empty one.
-            self._restore(state, self.param_groups, {}, allow_nonfinite=True)
+        if self._bound is not None:  # torch's own constructor sets an empty one.
+            self._restore(self._followed(), state, self.param_groups, {}, allow_nonfinite=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds tensors, with hyper-parameters of their own; their cycle is the others'.
@@ -228,19 +250,19 @@ class Optimizer(torch.optim.Optimizer):
             TypeError, ValueError: as for a new optimizer; nothing is added.
         """
         super().add_param_group(param_group)
-        if self._over is None:
-            return
-        try:
-            self._rebind()
-        except BaseException:
-            del self.param_groups[-1]
-            raise
+        if self._bound is not None:
+            try:
+                self._followed()
+            except BaseException:
+                del self.param_groups[-1]
+                raise
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch has it, with references to tensors.
 
         Each group says under "lookstep" how far the run has come. Parameters are not in it: save the model beside it.
         """
+        self._followed()
         self._note_run()
         state: dict[str, Any] = super().state_dict()
         return state
@@ -266,7 +288,8 @@ class Optimizer(torch.optim.Optimizer):
         if ours != theirs:
             raise ValueError(f"the state has groups of {theirs} parameters, but this optimizer has groups of {ours}")
         ids = chain.from_iterable(group["params"] for group in saved)
-        of_id = dict(zip(ids, self._params, strict=True))
+        bound = self._followed()
+        of_id = dict(zip(ids, bound.params, strict=True))
         if unknown := [key for key in state_dict["state"] if key not in of_id]:
             raise ValueError(f"the state has {unknown[0]!r}, which is in none of its groups")
         groups = [
@@ -274,12 +297,15 @@ class Optimizer(torch.optim.Optimizer):
         ]
         run = saved[0].get(_RUN, {})
         by_param = {of_id[key]: value for key, value in state_dict["state"].items()}
-        self._restore(by_param, groups, run, allow_nonfinite=allow_nonfinite)
+        self._restore(bound, by_param, groups, run, allow_nonfinite=allow_nonfinite)
+        self.param_groups = groups
+        self._note_run()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """What makes pickles and copies: tensors, their state, and the rule."""
+        self._followed()
         self._note_run()
         return {
             "defaults": self.defaults,
@@ -292,11 +318,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Goes on from there, over the copies of the tensors."""
-        self._over = None
+        self._bound = None
         super().__setstate__({key: value for key, value in state.items() if key != "state"})
-        run = self.param_groups[0][_RUN]
-        self._bind()
-        self._restore(state["state"], self.param_groups, run, allow_nonfinite=True)
+        bound = self._bind()
+        self._restore(bound, state["state"], self.param_groups, self.param_groups[0][_RUN], allow_nonfinite=True)
+        self._bound = bound
 
     def __repr__(self) -> str:
         """The rule, how far it has come, and the groups."""
@@ -305,56 +331,41 @@ class Optimizer(torch.optim.Optimizer):
         return groups
 
     @property
-    def _made(self) -> optimizer.Optimizer[dict[str, Array]]:
-        assert self._over is not None
-        return self._over
+    def _made(self) -> _Bound:
+        assert self._bound is not None
+        return self._bound
 
-    def _bind(self) -> None:
-        """Makes the optimizer over the tensors' memory, and a new state."""
-        params = [p for group in self.param_groups for p in group["params"]]
+    def _bind(self) -> _Bound:
+        """The optimizer over the tensors' memory, with new state."""
+        params = _params(self.param_groups)
         names = _names(self.param_groups)
         arrays = {name: array_of(f'params["{name}"]', p) for name, p in zip(names, params, strict=True)}
         hyper = self._hyper(self.param_groups)
         groups = _matched(hyper, self.param_groups)
         over = optimizer.Optimizer(arrays, self._rule, groups=groups, **self._options)
-        self._over, self._params, self._names, self._seen_hyper = over, params, names, hyper
-        self._places = list(map(_place, params))
-        self._seen_state = None
-        self._note_run()
+        return _Bound(over, params, names, list(map(_place, params)), hyper)
 
-    def _rebind(self) -> None:
-        """The same over the tensors as they are now, with the state that is there."""
-        state, run = self.state, self._run()
-        before = dict(self.__dict__)
-        try:
-            self._bind()
-            self._restore(state, self.param_groups, run, allow_nonfinite=True)
-        except BaseException:
-            self.__dict__.update(before)
-            raise
-
-    def _caught_up(self) -> optimizer.Optimizer[dict[str, Array]]:
-        """The optimizer over the tensors' memory, with tensors and hyper-parameters as they are now."""
-        if list(map(_place, self._params)) != self._places:
-            self._rebind()
-        hyper = self._hyper(self.param_groups)
-        if hyper != self._seen_hyper:
-            self._made.groups = _matched(hyper, self.param_groups)
-            self._seen_hyper = hyper
+    def _followed(self) -> _Bound:
+        """The optimizer over the tensors that groups have now, where their numbers are now, with its state."""
+        if list(map(_place, _params(self.param_groups))) != self._made.places:
+            state, run = self.state, self._run()
+            bound = self._bind()
+            self._restore(bound, state, self.param_groups, run, allow_nonfinite=True)
+            vars(self._made).update(vars(bound))
         return self._made
 
     def _hyper(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Each group's hyper-parameters, as plain numbers."""
         return [{name: _plain(group[name]) for name in self._hyper_names} for group in groups]
 
-    def _read_state(self) -> defaultdict[torch.Tensor, Any]:
-        over, state = self._made, defaultdict[torch.Tensor, Any](dict)
+    def _read_state(self) -> _State:
+        over, params, state = self._made.over, self._made.params, _State(dict)
         engine, plan = over._engine, over._plan
         # A reset leaves no step of a leaf, but torch's tools take a state that is empty for one that never was.
         resets = over.steps > 0 and any(level.inner_state == "reset" for level in plan.levels)
         counts = engine.counters()["leaves"]
         for p, group, kinds, rows, (steps, carry) in zip(
-            self._params, plan.of_leaf, engine.kinds(), engine.rows(), counts, strict=True
+            params, plan.of_leaf, engine.kinds(), engine.rows(), counts, strict=True
         ):
             if steps or resets:
                 state[p] = to_torch(plan.groups[group].inner, kinds, rows, steps, carry)
@@ -362,9 +373,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _run(self) -> dict[str, Any]:
         """How far the run has come, beside what each parameter's state says."""
-        counters = self._made._engine.counters()
+        over = self._made.over
+        counters = over._engine.counters()
         return {
-            "rule": type(self._made._plan.inner).__name__,
+            "rule": type(over._plan.inner).__name__,
             "steps": counters["steps"],
             "skipped": counters["skipped"],
             "cycles": [list(cycle) for cycle in counters["cycles"]],
@@ -378,25 +390,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def _restore(
         self,
+        bound: _Bound,
         by_param: Mapping[torch.Tensor, Any],
-        groups: list[dict[str, Any]],
+        groups: Sequence[Mapping[str, Any]],
         run: Mapping[str, Any],
         *,
         allow_nonfinite: bool,
     ) -> None:
-        """Takes a state, groups, and how far the run had come; all of it or nothing."""
-        over = self._made
+        """Takes a state, hyper-parameters of groups, and how far the run had come; all of it or nothing."""
+        over = bound.over
         hyper = self._hyper(groups)
-        plan = Plan.of(self._rule, _matched(hyper, groups), self._names)
+        plan = Plan.of(self._rule, _matched(hyper, groups), bound.names)
         name_of_rule = type(plan.inner).__name__
         if run.get("rule", name_of_rule) != name_of_rule:
             raise ValueError(f"the state is of {run['rule']}, but this optimizer's rule is {self._rule}")
         cycles = run.get("cycles") or [[0, 0] for _ in plan.levels]
         kernels = _core.kernels()
         state = over.state_dict()
-        for name, p, of, kinds in zip(self._names, self._params, plan.of_leaf, over._engine.kinds(), strict=True):
+        has_begun = any(done for done, _ in cycles)
+        for name, p, of, kinds in zip(bound.names, bound.params, plan.of_leaf, over._engine.kinds(), strict=True):
             leaf, inner = state["leaves"][name], plan.groups[of].inner
-            has_begun = any(done for done, _ in cycles)
             needed = [kind[0] for kind in kinds] if has_begun else kernels[inner._kernel][1]
             found = by_param.get(p) or {}
             leaf |= from_torch(f'params["{name}"]', inner, kinds, needed, leaf["params"], found)
@@ -408,14 +421,7 @@ class Optimizer(torch.optim.Optimizer):
             "carry": run.get("carry", [0.0, 0.0, 0.0]),
         }
         over.load_state_dict(state, allow_nonfinite=allow_nonfinite)
-        self.param_groups = groups
-        self._seen_hyper, self._seen_state = hyper, None
-        self._note_run()
-
-    @staticmethod
-    def _wrote(params: list[torch.Tensor]) -> None:
-        """Lets autograd know that numbers have changed."""
-        torch.autograd.graph.increment_version(params)
+        bound.hyper, bound.state = hyper, None
 
 
 def _defaults(plan: Plan) -> dict[str, Any]:
@@ -437,6 +443,10 @@ def _matched(hyper: Sequence[dict[str, Any]], groups: Sequence[Mapping[str, Any]
     return Matched([(f"param_groups[{index}]", different) for index, different in enumerate(hyper)], of_leaf)
 
 
+def _params(groups: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     """The parameters' names, or where they are in groups."""
     given = [name for group in groups for name in group.get("param_names", ())]
@@ -444,9 +454,14 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return given if len(set(given)) == len(places) else places
 
 
-def _place(p: torch.Tensor) -> tuple[int, tuple[int, ...]]:
-    """Where a tensor's numbers are."""
-    return p.data_ptr(), p.stride()
+def _place(p: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """Which tensor this is, and where its numbers are."""
+    return id(p), p.data_ptr(), p.stride()
+
+
+def _wrote(params: list[torch.Tensor]) -> None:
+    """Lets autograd know that numbers have changed."""
+    torch.autograd.graph.increment_version(params)
 
 
 def _plain(value: Any) -> Any:
