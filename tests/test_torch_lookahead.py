@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 from torch.optim import lr_scheduler  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from lookstep.torch import Lookahead  # noqa: E402
+from lookstep.torch import Lookahead, Optimizer  # noqa: E402
 
 OPTIMIZERS = {
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),
@@ -836,6 +836,9 @@ def test_hyper_parameters_that_cannot_be_are_refused(kwargs, error, match):
 
 def test_what_is_no_optimizer_is_refused():
     p, opt = ten()
+    compiled = Optimizer([p], ls.SGD())
+    with pytest.raises(TypeError, match=r"got lookstep.torch.Optimizer.*lookstep.Lookahead\(rule\)"):
+        Lookahead(compiled)
     for what, got in (([p], "list"), (torch.optim.SGD, "the class SGD"), (opt, "Lookahead")):
         with pytest.raises(TypeError, match=f"such as torch.optim.AdamW.*, got {got}"):
             Lookahead(what)
@@ -863,3 +866,38 @@ def test_another_lookahead_around_the_same_optimizer_takes_its_own_slow_step():
     for _ in range(3):
         one_step(p, again)
     assert p == 7
+
+
+def test_a_parameter_in_the_place_of_another_syncs_with_the_others():
+    p, opt = ten(slow_step=0.5)
+    other = torch.nn.Parameter(torch.tensor(10.0))
+    one_step(p, opt)
+    opt.param_groups[0]["params"][0] = other
+    for _ in range(2):
+        one_step(other, opt)
+    assert (other, opt.syncs) == (9, 1)
+    one_step(other, opt)
+    assert list(opt.state) == [other]
+
+
+def test_fast_weights_come_back_where_the_parameter_became_another():
+    p, opt = ten(slow_step=0.5)
+    one_step(p, opt)
+
+    def evaluate():
+        with opt.slow_weights():
+            p.data = torch.zeros(3)
+            raise KeyError
+
+    with pytest.raises((KeyError, RuntimeError)):
+        evaluate()
+    assert p == 9
+    one_step(p, opt)
+    assert p == 8
+
+
+@pytest.mark.parametrize("keyword", ["base_optimizer", "fast_optimizer", "inner_optimizer"])
+def test_another_library_s_name_for_the_optimizer_gets_ours(keyword):
+    _, opt = ten()
+    with pytest.raises(TypeError, match="did you mean 'optimizer'"):
+        Lookahead(**{keyword: opt.inner})

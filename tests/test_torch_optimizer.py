@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections import defaultdict
 from dataclasses import fields, replace
 
 import ml_dtypes
@@ -163,18 +164,53 @@ def test_nothing_is_copied():
     assert pointers == [p.data_ptr() for p in params]
 
 
-def test_state_may_be_written_to():
-    params, others = parameters(), parameters()
-    opt, other = Optimizer(params, ls.SGD(lr=0.1, momentum=0.9)), Optimizer(others, ls.SGD(lr=0.1, momentum=0.9))
-    for one in (opt, other):
-        run(one, params if one is opt else others, [0])
-        one.state[(params if one is opt else others)[0]]["momentum_buffer"].zero_()
-    theirs = [p.detach().clone().requires_grad_() for p in params]
-    run(opt, params, [1])
-    peer = torch.optim.SGD(theirs, lr=0.1)
-    run(peer, theirs, [1])
-    torch.testing.assert_close(params[0], theirs[0])
-    assert not params[1].equal(theirs[1])
+EDITS = {
+    "in-place": lambda opt, p: opt.state[p]["momentum_buffer"].zero_(),
+    "replaced": lambda opt, p: opt.state[p].update(momentum_buffer=torch.zeros_like(p)),
+    "removed": lambda opt, p: opt.state.pop(p),
+    "cleared": lambda opt, p: opt.state.clear(),
+    "set": lambda opt, p: setattr(opt, "state", defaultdict(dict)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_state_may_be_written_to(edit):
+    ours, theirs = parameters(), parameters()
+    opts = Optimizer(ours, ls.SGD(lr=0.1, momentum=0.9)), torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
+    for opt, params in zip(opts, (ours, theirs), strict=True):
+        run(opt, params, range(2))
+        edit(opt, params[0])
+        run(opt, params, [2])
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_counters_of_the_state_may_be_written_to():
+    ours, theirs = parameters(), parameters()
+    opts = Optimizer(ours, ls.Adam(lr=0.1)), torch.optim.Adam(theirs, lr=0.1)
+    for opt, params in zip(opts, (ours, theirs), strict=True):
+        run(opt, params, range(2))
+        opt.state[params[0]]["step"].fill_(7)
+        run(opt, params, [2])
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_a_parameter_that_grows_takes_its_state_along():
+    """As Gaussian splatting does it: another parameter of another size under the same group, with grown state."""
+    ours, theirs = parameters(), parameters()
+    opts = Optimizer(ours, ls.Adam(lr=0.1)), torch.optim.Adam(theirs, lr=0.1)
+    for opt, params in zip(opts, (ours, theirs), strict=True):
+        run(opt, params, range(2))
+        state = opt.state.pop(params[1])
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.cat([state[key], torch.zeros(2, dtype=torch.float64)])
+        params[1] = torch.cat([params[1].detach(), torch.ones(2, dtype=torch.float64)]).requires_grad_()
+        opt.state[params[1]] = state
+        opt.param_groups[0]["params"][1] = params[1]
+        run(opt, params, range(2, 4))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
 def test_autograd_is_told_what_was_written():
@@ -338,16 +374,28 @@ def test_steps_may_be_dropped_here_too():
     assert p.tolist() == [0.75] * 4
 
 
-def test_what_has_no_gradient_has_no_state_and_is_synced():
+def test_what_has_no_gradient_has_no_state():
     a, b = torch.ones(2, requires_grad=True), torch.ones(2)
-    opt = Optimizer([a, b], ls.Lookahead(ls.Adam(lr=0.5), 2))
+    opt = Optimizer([a, b], ls.Adam(lr=0.5))
     a.grad = torch.ones(2)
     opt.step()
     assert list(opt.state) == [a]
-    with torch.no_grad():
-        b += 1
+    assert b.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_has_no_gradient_is_synced(copied):
+    params = [torch.ones(2, requires_grad=True), torch.ones(2)]
+    opt = Optimizer(params, ls.Lookahead(ls.Adam(lr=0.5), 2))
+    params[0].grad = torch.ones(2)
     opt.step()
-    assert b.tolist() == [1.5, 1.5]
+    with torch.no_grad():
+        params[1] += 1
+    if copied:
+        params, opt = copy.deepcopy((params, opt))
+        params[0].grad = torch.ones(2)
+    opt.step()
+    assert params[1].tolist() == [1.5, 1.5]
 
 
 @pytest.mark.parametrize("layout", ["channels-last", "transposed", "strided", "expanded-gradient"])
@@ -374,8 +422,9 @@ def test_layouts_are_stepped_in_place(layout):
     assert p.equal(plain)
 
 
-def test_memory_is_followed_where_it_goes():
-    """Also inside `slow_weights`: the fast weights go there, too."""
+@pytest.mark.parametrize("move", [lambda p: setattr(p, "data", p.data.clone()), lambda p: p.share_memory_()])
+def test_memory_is_followed_where_it_goes(move):
+    """Also inside `slow_weights`: the fast weights go there, too. Where it was, there may be something else."""
     params, others = parameters(), parameters()
     rule = ls.Lookahead(ls.Adam(lr=0.1), 5)
     opt, other = Optimizer(params, rule), Optimizer(others, rule)
@@ -385,7 +434,7 @@ def test_memory_is_followed_where_it_goes():
             slow = bits(tensors)
             if one is opt:
                 for p in tensors:
-                    p.data = p.data.clone()
+                    move(p)
         run(one, tensors, range(3, 7))
     assert slow == bits(parameters())
     assert bits(params) == bits(others)
@@ -406,6 +455,24 @@ def test_tensors_that_groups_get_instead_are_stepped():
     assert not other.equal(torch.ones_like(other))
     gradient = gradients(params, 3)[0]
     torch.testing.assert_close(opt.state[params[0]]["exp_avg"], 0.9 * moment + 0.1 * gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_dtype_is_followed(dtype):
+    """State that is loaded after it is that dtype's, too."""
+    model = torch.nn.Linear(3, 2)
+    opt = Optimizer(model.parameters(), ls.Adam(lr=0.1))
+    run(opt, list(model.parameters()), range(2))
+    model.to(dtype)
+    params = list(model.parameters())
+    theirs = [p.detach().clone().requires_grad_() for p in params]
+    peer = Optimizer(theirs, ls.Adam(lr=0.1))
+    peer.load_state_dict(opt.state_dict())
+    opt.load_state_dict(peer.state_dict())
+    for one, tensors in ((opt, params), (peer, theirs)):
+        run(one, tensors, range(2, 4))
+    assert bits(params) == bits(theirs)
+    assert opt.state[params[0]]["exp_avg"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_an_exchange_of_axes_is_followed():
@@ -462,9 +529,12 @@ def test_state_of_16_bits_is_loaded_whole():
     [{"state_dtype": "bfloat16"}, {"state_dtype": "int8"}, {"master_weights": True}],
     ids=["bfloat16", "int8", "master"],
 )
-def test_fewer_and_more_bits_continue(options):
+@pytest.mark.parametrize(
+    "inner", [ls.AdamW(lr=0.1), ls.Rprop(lr=0.1), ls.NAdam(lr=0.1)], ids=["adamw", "rprop", "nadam"]
+)
+def test_fewer_and_more_bits_continue(inner, options):
     whole, params = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    rule = ls.Lookahead(ls.AdamW(lr=0.1), 4)
+    rule = ls.Lookahead(inner, 4)
     opt, first = Optimizer(whole, rule, **options), Optimizer(params, rule, **options)
     run(opt, whole, range(9))
     run(first, params, range(6))
@@ -599,6 +669,7 @@ STATES = {
     "nobody's": (lambda s: s | {"state": s["state"] | {7: {}}}, "none of its groups"),
     "groups": (lambda s: s | {"param_groups": s["param_groups"] * 2}, "groups of"),
     "rule": (lambda s: (s["param_groups"][0]["lookstep"].update(rule="RAdam"), s)[1], "the state is of RAdam"),
+    "run": (lambda s: (s["param_groups"][0].update(lookstep=5), s)[1], "must be a dict"),
     "cycle": (lambda s: (s["param_groups"][0]["lookstep"].update(cycles=[[9, 0]]), s)[1], "steps of the cycle"),
     "lr": (lambda s: (s["param_groups"][0].update(lr=-1.0), s)[1], "lr must be"),
 }

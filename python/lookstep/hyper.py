@@ -249,6 +249,15 @@ _ELSEWHERE = {
 """What other libraries call it, for hints."""
 
 
+def unexpected(what: str, name: str, known: Sequence[str]) -> str:
+    """What to say of a keyword that is none of the known ones."""
+    close = [here for here in [_ELSEWHERE.get(name)] if here in known] or get_close_matches(name, known, 1)
+    if not close and _ELSEWHERE.get(name) == "inner" and "optimizer" in known:
+        close = ["optimizer"]
+    hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+    return f"{what} got an unexpected keyword {name!r} ({hint})"
+
+
 @dataclass(frozen=True)
 class Checked:
     """Hyper-parameters that are checked by name, and refused by name where there are no such."""
@@ -260,9 +269,7 @@ class Checked:
         known = [field.name for field in fields(cls)]
         for name in kwargs:
             if name not in known:
-                close = [here for here in [_ELSEWHERE.get(name)] if here in known] or get_close_matches(name, known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
-                raise TypeError(f"{cls.__name__} got an unexpected keyword {name!r} ({hint})")
+                raise TypeError(unexpected(cls.__name__, name, known))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

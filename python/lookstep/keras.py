@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from difflib import get_close_matches
 from typing import Any, Self
 
 try:
@@ -19,7 +18,7 @@ except ImportError as error:
 
 from keras import ops
 
-from .hyper import _ELSEWHERE, at_least_zero, below_one, positive_integer, up_to_one
+from .hyper import Check, at_least_zero, below_one, positive_integer, unexpected, up_to_one
 
 __all__ = ["Lookahead", "RAdam", "SlowWeights"]
 
@@ -34,6 +33,8 @@ _ON_WRAPPED = (
     "gradient_accumulation_steps",
 )
 """Options of Keras' optimizers that only the wrapped one can follow."""
+
+_CHECKS: Mapping[str, Check] = {"sync_period": positive_integer, "slow_step": up_to_one}
 
 _FORWARDED = ("learning_rate", "loss_scale_factor")
 """Those that can be read and set through a wrapper, too."""
@@ -97,8 +98,6 @@ class Lookahead(keras.optimizers.Optimizer):
         """Checks the hyper-parameters; variables are made when the optimizer is built."""
         for option in unknown:
             raise TypeError(_refusal(option))
-        sync_period = positive_integer("sync_period", sync_period)
-        slow_step = up_to_one("slow_step", slow_step)
         if isinstance(optimizer, str | dict):
             optimizer = keras.optimizers.get(optimizer)
         if not isinstance(optimizer, keras.optimizers.Optimizer):
@@ -116,6 +115,8 @@ class Lookahead(keras.optimizers.Optimizer):
         made = "inner_optimizer" in vars(self)  # Before that, Keras' constructor sets its own defaults.
         if made and name in _ON_WRAPPED:
             raise AttributeError(f"{name} belongs on the wrapped optimizer: set it on inner_optimizer")
+        if name in _CHECKS:
+            value = _CHECKS[name](name, value)
         if name != "loss_scale_factor":
             super().__setattr__(name, value)
         elif made and any(isinstance(part, keras.optimizers.LossScaleOptimizer) for part in _chain(self)):
@@ -646,7 +647,4 @@ def _refusal(option: str) -> str:
     """Why Lookahead does not take a keyword."""
     if option in _ON_WRAPPED + _FORWARDED:
         return f"{option} belongs on the wrapped optimizer, as in Lookahead(Adam({option}=...))"
-    known = ["optimizer", "sync_period", "slow_step", "name"]
-    close = [here for here in [_ELSEWHERE.get(option)] if here in known] or get_close_matches(option, known, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
-    return f"Lookahead got an unexpected keyword {option!r} ({hint})"
+    return unexpected("Lookahead", option, ["optimizer", "sync_period", "slow_step", "name"])

@@ -83,12 +83,14 @@ def from_torch(
         ValueError: if something is missing or unknown.
     """
     leaf: dict[str, Any] = {"steps": 0, "carry": [0.0, 0.0, 0.0]}
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of {label} must be a dict, got {type(state).__name__}")
     is_fresh = not state or any(value is None for value in state.values())
     if not is_fresh:
         if "step" not in state and not isinstance(rule, rules.SGD):
             raise ValueError(f'the state of {label} has no "step"')
         leaf["steps"] = _count(label, state.get("step", 1))
-        leaf["carry"] = _carry(rule, state)
+        leaf["carry"] = _carry(label, rule, state)
     known = {"step", "carry", "mu_product", "eta", "mu"}
     for name, dtype, shape in kinds:
         key = _key(rule, name)
@@ -97,7 +99,8 @@ def from_torch(
             if not isinstance(state[key], torch.Tensor):
                 raise ValueError(f'"{key}" of {label} must be a tensor, got {type(state[key]).__name__}')
             array = state_array(state[key], dtype)
-            leaf[name] = np.asarray(np.sign(array)) if (type(rule), name) == (rules.Rprop, "s") else array
+            is_sign = isinstance(rule, rules.Rprop) and name == "s" and array.dtype.kind == "f"
+            leaf[name] = np.asarray(np.sign(array)) if is_sign else array  # torch keeps the whole gradient.
         elif name in needed and not is_fresh:
             raise ValueError(f'the state of {label} has no "{key}"')
         elif name.partition(".")[0] in ("slow", "master"):
@@ -116,8 +119,10 @@ def _count(label: str, value: Any) -> int:
     return int(number)
 
 
-def _carry(rule: rules.InnerRule, state: Mapping[str, Any]) -> list[float]:
-    if isinstance(rule, rules.NAdam):
-        return [float(state.get("mu_product", 0.0)), 0.0, 0.0]
-    carry = state.get("carry")
-    return [0.0, 0.0, 0.0] if carry is None else [float(number) for number in carry]
+def _carry(label: str, rule: rules.InnerRule, state: Mapping[str, Any]) -> list[float]:
+    key = "mu_product" if isinstance(rule, rules.NAdam) else "carry"
+    if key == "carry" and type(rule) in _KEYS:
+        return [0.0, 0.0, 0.0]
+    if key not in state:
+        raise ValueError(f'the state of {label} has no "{key}"')
+    return [*map(float, torch.as_tensor(state[key]).reshape(-1)), 0.0, 0.0][:3]

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from .. import lookahead as rules
-from ..hyper import CHECKS, count
+from ..hyper import CHECKS, count, unexpected
 from ..rules import SGD
+from .optimizer import Optimizer as Compiled
 
 _SLOW = "slow"
 """The key of slow weights in a parameter's state, and the beginning of the keys of other state that is pulled back."""
@@ -91,8 +92,10 @@ class Lookahead(Optimizer):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Lookahead":
         """Refuses unknown keywords before Python does, with the known ones."""
-        if cls is Lookahead:
-            rules.Lookahead.__new__(rules.Lookahead, **{name: kwargs[name] for name in kwargs if name != "optimizer"})
+        known = ["optimizer", "sync_period", "slow_step", "inner_state"]
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(unexpected("Lookahead", name, known))
         made: Lookahead = super().__new__(cls)
         return made
 
@@ -105,6 +108,11 @@ class Lookahead(Optimizer):
         inner_state: Literal["keep", "reset", "pullback"] = "keep",
     ) -> None:
         """Checks the hyper-parameters, and adds them to the parameter groups."""
+        if isinstance(optimizer, Compiled):
+            raise TypeError(
+                "optimizer must be an optimizer of torch, got lookstep.torch.Optimizer, whose rule says it all: "
+                "Optimizer(params, lookstep.Lookahead(rule))"
+            )
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, Lookahead):
             got = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
             raise TypeError(
@@ -145,7 +153,7 @@ class Lookahead(Optimizer):
             self._slow_steps()  # Refused here, before anything has moved.
         if progress["cycle_steps"] == 0:
             self._start_cycle()
-        elif len(self._own) < sum(len(group["params"]) for group in self.param_groups):
+        else:
             self._snapshot([p for p in self._taking_part() if p not in self._own])
         loss = self.inner.step() if closure is None else self.inner.step(closure)
         progress["steps"] += 1
@@ -217,9 +225,15 @@ class Lookahead(Optimizer):
             shown = True
             yield
         finally:
-            if shown:
-                _take(slow, params)
-            _copy(params, self._aside.pop())
+            fast = self._aside.pop()
+            try:
+                if shown:
+                    _take(slow, params)
+            finally:
+                for p, numbers in zip(params, fast, strict=True):
+                    if p.shape != numbers.shape:  # It became another inside.
+                        p.data = numbers
+                _copy(params, fast)
 
     @property
     def steps(self) -> int:
@@ -405,6 +419,9 @@ class Lookahead(Optimizer):
             group[_PROGRESS] = self._progress
 
     def _start_cycle(self) -> None:
+        there = set(self._params())
+        for p in [p for p in self._own if p not in there]:  # Another has taken its place.
+            del self._own[p]
         if self._progress["inner_state"] == "reset" and self._progress["syncs"]:
             # Not at the sync, so that checkpoints have the same keys at any step.
             if isinstance(self.inner, Adagrad):  # Which makes its state when it is built, and never again.

@@ -31,8 +31,10 @@ class _Bound:
     names: list[str]
     places: list[Any]
     hyper: list[dict[str, Any]]
-    state: tuple[tuple[int, int], _State] | None = None
-    """What was last read of its state, and after how many steps and syncs."""
+    state: tuple[tuple[int, int], _State, list[tuple[Any, Any]]] | None = None
+    """What was last read of its state: after how many steps and syncs, and what is seen of it then."""
+    is_aside: bool = False
+    """Whether the parameters hold the slow weights."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -65,7 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dtype: see `lookstep.Optimizer`. State in fewer bits is kept under torch's keys, too, but is no state for
             torch's optimizers.
         rounding: see `lookstep.Optimizer`.
-        seed: see `lookstep.Optimizer`.
+        seed: see `lookstep.Optimizer`; a parameter's name, or else its place in the groups, is its path.
         threads: see `lookstep.Optimizer`; torch's own number of threads does not count.
 
     Raises:
@@ -160,7 +162,7 @@ class Optimizer(torch.optim.Optimizer):
         if hyper != bound.hyper:
             bound.over.groups = _matched(hyper, self.param_groups)
             bound.hyper = hyper
-        grads = [p.grad for p in bound.params]
+        grads = [p.grad if p.grad is None else p.grad.resolve_neg() for p in bound.params]
         arrays = [
             None if grad is None else array_of(f'grads["{name}"]', grad)
             for name, grad in zip(bound.names, grads, strict=True)
@@ -181,18 +183,29 @@ class Optimizer(torch.optim.Optimizer):
 
     @contextmanager
     def slow_weights(self) -> Iterator[None]:
-        """A context in which the parameters hold the slow weights: see `lookstep.Optimizer.slow_weights`."""
+        """A context in which parameters hold the slow weights; the fast ones come back at its end, whatever happens.
+
+        They are what to evaluate and export: see `lookstep.Optimizer.slow_weights`. What is written into the parameters
+        inside is gone at the end.
+
+        Raises:
+            RuntimeError: for a step, a sync, `state_dict` and the like, or another such context inside.
+        """
         bound = self._followed()
+        fast = [p.detach().clone() for p in bound.params]
+        slow = bound.over.slow.values()
+        bound.is_aside, bound.state = True, None
         try:
-            with bound.over.slow_weights():
-                bound.state = None
-                _wrote(bound.params)
-                yield
+            for p, array in zip(bound.params, slow, strict=True):
+                p.detach().copy_(as_tensor(array.copy()))
+            yield
         finally:
-            for p, place, array in zip(bound.params, bound.places, bound.over.params.values(), strict=True):
-                if _place(p) != place:  # It got other memory inside, where the fast weights have to go, too.
-                    p.data.copy_(as_tensor(array))
-            _wrote(bound.params)
+            bound.is_aside = False
+            for p, numbers in zip(bound.params, fast, strict=True):
+                if p.shape == numbers.shape:
+                    p.detach().copy_(numbers)
+                else:  # It became another inside.
+                    p.data = numbers
 
     @property
     def rule(self) -> Rule:
@@ -228,14 +241,17 @@ class Optimizer(torch.optim.Optimizer):
     def state(self) -> _State:
         """The state of each parameter that has been stepped, by torch's keys; tensors share the optimizer's memory.
 
-        To set it is to load it.
+        What is changed here (tensors put in the place of others, counters, entries) is taken over by the next step.
+        After a step, read it anew.
         """
         if self._bound is None:
             return defaultdict(dict)
+        self._refuse_aside()
         over = self._bound.over
         stamp = over.steps, over.syncs
         if self._bound.state is None or self._bound.state[0] != stamp:
-            self._bound.state = stamp, self._read_state()
+            state = self._read_state()
+            self._bound.state = stamp, state, _seen(state)
         return self._bound.state[1]
 
     @state.setter
@@ -296,6 +312,8 @@ class Optimizer(torch.optim.Optimizer):
             group | other | {"params": group["params"]} for group, other in zip(self.param_groups, saved, strict=True)
         ]
         run = saved[0].get(_RUN, {})
+        if not isinstance(run, Mapping):
+            raise ValueError(f'"{_RUN}" of the state\'s groups must be a dict, got {type(run).__name__}')
         by_param = {of_id[key]: value for key, value in state_dict["state"].items()}
         self._restore(bound, by_param, groups, run, allow_nonfinite=allow_nonfinite)
         self.param_groups = groups
@@ -347,12 +365,23 @@ class Optimizer(torch.optim.Optimizer):
 
     def _followed(self) -> _Bound:
         """The optimizer over the tensors that groups have now, where their numbers are now, with its state."""
-        if list(map(_place, _params(self.param_groups))) != self._made.places:
+        self._refuse_aside()
+        bound = self._made
+        moved = list(map(_place, _params(self.param_groups))) != bound.places
+        edited = False
+        if bound.state is not None and bound.state[0] == (bound.over.steps, bound.over.syncs):
+            edited = not _is_same(bound.state[2], _seen(bound.state[1]))
+        if moved or edited:
+            # From here on, nothing touches the memory where parameters were: it may be gone.
             state, run = self.state, self._run()
-            bound = self._bind()
-            self._restore(bound, state, self.param_groups, run, allow_nonfinite=True)
-            vars(self._made).update(vars(bound))
-        return self._made
+            fresh = self._bind() if moved else bound
+            self._restore(fresh, state, self.param_groups, run, allow_nonfinite=True)
+            vars(bound).update(vars(fresh))
+        return bound
+
+    def _refuse_aside(self) -> None:
+        if self._made.is_aside:
+            raise RuntimeError("params hold the slow weights: leave slow_weights() first, and the fast ones come back")
 
     def _hyper(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Each group's hyper-parameters, as plain numbers."""
@@ -361,13 +390,13 @@ class Optimizer(torch.optim.Optimizer):
     def _read_state(self) -> _State:
         over, params, state = self._made.over, self._made.params, _State(dict)
         engine, plan = over._engine, over._plan
-        # A reset leaves no step of a leaf, but torch's tools take a state that is empty for one that never was.
-        resets = over.steps > 0 and any(level.inner_state == "reset" for level in plan.levels)
+        # Lookahead keeps something for parameters that have not been stepped, too.
+        keeps = over.steps > 0 and bool(plan.levels)
         counts = engine.counters()["leaves"]
         for p, group, kinds, rows, (steps, carry) in zip(
             params, plan.of_leaf, engine.kinds(), engine.rows(), counts, strict=True
         ):
-            if steps or resets:
+            if steps or keeps:
                 state[p] = to_torch(plan.groups[group].inner, kinds, rows, steps, carry)
         return state
 
@@ -454,9 +483,25 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return given if len(set(given)) == len(places) else places
 
 
-def _place(p: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
+def _place(p: torch.Tensor) -> tuple[Any, ...]:
     """Which tensor this is, and where its numbers are."""
-    return id(p), p.data_ptr(), p.stride()
+    return id(p), p.data_ptr(), p.stride(), p.shape, p.dtype
+
+
+def _seen(state: _State) -> list[tuple[Any, Any]]:
+    """What is another once somebody has put something else into a state, or written there."""
+    found: list[tuple[Any, Any]] = []
+    for p, entry in state.items():
+        found.append((p, None))
+        for key, value in entry.items() if isinstance(entry, Mapping) else ():
+            counts = isinstance(value, torch.Tensor) and not value.is_inference()
+            found += [(key, None), (value, value._version if counts else None)]
+    return found
+
+
+def _is_same(before: list[tuple[Any, Any]], now: list[tuple[Any, Any]]) -> bool:
+    pairs = zip(before, now, strict=False)
+    return len(before) == len(now) and all(a is b and x == y for (a, x), (b, y) in pairs)
 
 
 def _wrote(params: list[torch.Tensor]) -> None:
