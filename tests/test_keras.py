@@ -605,6 +605,14 @@ def test_radam_divides_zero_by_zero_to_zero_and_hides_no_nan():
     assert np.isnan(ops.convert_to_numpy(variable)).tolist() == [False, True]
 
 
+@pytest.mark.parametrize(("name", "value"), [("sync_period", 0), ("slow_step", 7.0), ("slow_step", float("nan"))])
+def test_what_cannot_be_cannot_be_set_either(name, value):
+    optimizer = Lookahead(keras.optimizers.SGD(0.1))
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        setattr(optimizer, name, value)
+    assert (optimizer.sync_period, optimizer.slow_step) == (5, 0.5)
+
+
 def test_radam_s_weight_decay_is_decoupled():
     start, grads = np.float32([1.0, -2.0]), np.random.default_rng(0).standard_normal((12, 2)).astype("f4")
     variable, optimizer = keras.Variable(start), RAdam(0.1, 0.8, 0.9, weight_decay=0.3)

@@ -627,6 +627,15 @@ def test_a_torch_layer_of_a_model_is_stepped_too():
     assert set(opt.nr_update.values()) == {51}
 
 
+def test_a_gradient_that_cannot_be_made_zero_moves_nothing():
+    opt = Lookahead(ls.SGD(lr=1.0))
+    w, g = np.ones(3, "f4"), np.ones(3, "f4")
+    g.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only: pass a copy"):
+        opt((0, "W"), w, g)
+    assert w.tolist() == [1, 1, 1]
+
+
 def test_the_blocks_of_the_page_are_optimizers():
     page = (Path(__file__).parent.parent / "docs/thinc.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```ini\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)

@@ -202,19 +202,28 @@ def test_lookahead_is_the_paper_s_around_every_optimizer(make, inner_state, sync
 
 @pytest.mark.parametrize("slow_step", [0.0, 0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_numbers_are_those_of_the_numpy_engine_bit_for_bit(dtype, slow_step):
-    """A power of two for a rate makes a step of gradient descent the same in any arithmetic: the rest is the sync."""
+def test_the_numbers_are_those_of_the_numpy_engine(dtype, slow_step):
+    """A power of two for a rate makes a step of gradient descent the same in any arithmetic: the rest is the sync.
+
+    torch's may round once where the engine rounds its product and its sum; at both ends, neither does.
+    """
     start = torch.randn(257, generator=torch.Generator().manual_seed(0)).to(dtype)
     p, array = torch.nn.Parameter(start.clone()), start.numpy().copy()
     opt = Lookahead(torch.optim.SGD([p], lr=0.5), 3, slow_step)
     engine = ls.Optimizer(array, ls.Lookahead(ls.SGD(lr=0.5), 3, slow_step))
-    for i in range(10):
-        p.grad = torch.cos(torch.arange(257) + i).to(dtype)
+
+    def are_the_same(step):
+        farthest = np.abs(start.numpy()) + 0.5 * step
+        tolerance = 0 if slow_step in (0, 1) else 2 * np.finfo(array.dtype).eps * opt.syncs * farthest
+        return (np.abs(p.detach().numpy() - array) <= tolerance).all()
+
+    for step in range(1, 11):
+        p.grad = torch.cos(torch.arange(257) + step).to(dtype)
         opt.step()
         engine.step(p.grad.numpy())
-        assert p.detach().numpy().tobytes() == array.tobytes()
+        assert are_the_same(step)
         with opt.slow_weights(), engine.slow_weights():
-            assert p.detach().numpy().tobytes() == array.tobytes()
+            assert are_the_same(step)
 
 
 @pytest.mark.parametrize("slow_step", [0.0, 0.1, 0.5, 0.7, 1.0])

@@ -106,6 +106,8 @@ class Optimizer(_Optimizer):
                     f"the {name} of {key} must be a NumPy array, got {kind}: train on the CPU (--gpu-id -1, NumpyOps), "
                     "or with thinc's own optimizers"
                 )
+        if not gradient.flags.writeable:  # It is to be made zero, and nothing may move before that is known to go.
+            raise ValueError(f"the gradient of {key} is read-only: pass a copy")
         if gradient.size:
             self._lr.now = self.learn_rate * lr_scale
             self._run(key, weights).step({_name(key): gradient})

@@ -518,20 +518,11 @@ def _take(slow: list[Tensor], fast: list[Tensor]) -> None:
 
 
 def _meet(slow: list[Tensor], fast: list[Tensor], slow_step: float) -> None:
-    """The sync, in the form that is exact at both ends: one product and sums apart, so the same on every device."""
+    """The sync, by torch's own form of it, which is exact at both ends."""
     if slow_step == 1:
         torch._foreach_copy_(slow, fast)
         return
     if slow_step > 0:
         ahead = fast if slow[0].dtype == fast[0].dtype else [f.to(s.dtype) for s, f in zip(slow, fast, strict=True)]
-        way = torch._foreach_sub(ahead, slow)
-        if slow_step >= 0.5:
-            torch._foreach_mul_(way, 1 - slow_step)
-            torch._foreach_sub_(ahead, way)
-            torch._foreach_copy_(slow, ahead)
-            if ahead is fast:
-                return
-        else:
-            torch._foreach_mul_(way, slow_step)
-            torch._foreach_add_(slow, way)
+        torch._foreach_lerp_(slow, ahead, slow_step)
     torch._foreach_copy_(fast, slow)
