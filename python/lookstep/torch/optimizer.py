@@ -186,7 +186,7 @@ class Optimizer(torch.optim.Optimizer):
         """A context in which parameters hold the slow weights; the fast ones come back at its end, whatever happens.
 
         They are what to evaluate and export: see `lookstep.Optimizer.slow_weights`. What is written into the parameters
-        inside is gone at the end.
+        inside is gone at the end. Inside, there is one more copy of the parameters.
 
         Raises:
             RuntimeError: for a step, a sync, `state_dict` and the like, or another such context inside.
