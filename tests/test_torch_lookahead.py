@@ -779,8 +779,6 @@ def test_state_that_is_put_in_another_s_place_is_the_optimizer_s():
     assert opt.inner.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert opt.inner.state[p]["step"] == 2
     assert "slow" in opt.state[p]
-    opt.state.clear()  # Of what was made for the asking alone.
-    assert opt.state[p]["step"] == 2
     opt.state = type(opt.inner.state)(dict)
     assert not opt.state
 
@@ -910,3 +908,37 @@ def test_another_library_s_name_for_the_optimizer_gets_ours(keyword):
     _, opt = ten()
     with pytest.raises(TypeError, match="did you mean 'optimizer'"):
         Lookahead(**{keyword: opt.inner})
+
+
+EDITS = {
+    "removed": lambda opt, p: opt.state.pop(p),
+    "deleted": lambda opt, p: opt.state.__delitem__(p),
+    "cleared": lambda opt, p: opt.state.clear(),
+    "put": lambda opt, p: opt.state.__setitem__(p, opt.state[p] | {"momentum_buffer": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_state_that_is_taken_out_or_put_in_is_so_for_good(edit):
+    p = torch.nn.Parameter(torch.tensor([10.0]))
+    opt = Lookahead(torch.optim.SGD([p], lr=1.0, momentum=0.5), 3, 1.0)
+    one_step(p, opt)
+    edit(opt, p)
+    one_step(p, opt)
+    assert p == 8  # With the momentum of the first step, 7.5.
+    assert opt.state_dict()["state"][0]["momentum_buffer"] == 1
+
+
+def test_a_parameter_that_grows_takes_its_state_along():
+    p, opt = ten(slow_step=0.5)
+    opt = Lookahead(torch.optim.SGD([p], lr=1.0, momentum=0.5), 3, 0.5)
+    one_step(p, opt)
+    entry = opt.state.pop(p)
+    entry["momentum_buffer"] = torch.tensor([1.0, 0.0])
+    grown = torch.nn.Parameter(torch.tensor([9.0, 10.0]))
+    opt.state[grown] = entry
+    opt.param_groups[0]["params"][0] = grown
+    one_step(grown, opt)
+    assert grown.tolist() == [7.5, 9.0]
+    one_step(grown, opt)
+    assert grown.tolist() == [7.375, 8.75]  # Half of the way from 9 and 10 to 5.75 and 7.5.

@@ -277,10 +277,9 @@ class Lookahead(Optimizer):
     def state(self) -> defaultdict[Tensor, dict[str, Any]]:
         """State by parameter: the inner optimizer's, and slow weights beside it.
 
-        The dicts are made when they are asked for. A tensor that is put in an entry's place takes its place for good.
+        The dicts are made when they are asked for; what is put into them or taken out is so for good.
         """
-        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict, self.inner.state)
-        return state | {p: _Entry(state.get(p, {}), own) for p, own in self._own.items()}
+        return _State(self.inner.state, self._own)
 
     @state.setter
     def state(self, state: defaultdict[Tensor, dict[str, Any]]) -> None:
@@ -456,6 +455,43 @@ class Lookahead(Optimizer):
                     own[key] = torch.zeros_like(value, dtype=_wide(value.dtype))
                 pairs.append((own[key], value))
         return pairs
+
+
+class _State(defaultdict[Tensor, dict[str, Any]]):
+    """The whole state, for those who read it by parameter, drop entries, or put others there."""
+
+    def __init__(self, inner: dict[Tensor, dict[str, Any]], own: dict[Tensor, dict[str, Tensor]]) -> None:
+        super().__init__(dict, inner)
+        for p, kept in own.items():
+            super().__setitem__(p, _Entry(inner.get(p, {}), kept))
+        self._parts = inner, own
+
+    def __setitem__(self, p: Tensor, entry: dict[str, Any]) -> None:
+        super().__setitem__(p, entry)
+        inner, own = self._parts
+        kept = {name: value for name, value in entry.items() if _is_ours(name, entry)}
+        inner[p] = {name: value for name, value in entry.items() if name not in kept}
+        own.pop(p, None)
+        if kept and all(value.shape == p.shape for value in kept.values()):  # Else the next step begins anew.
+            own[p] = kept
+
+    def __delitem__(self, p: Tensor) -> None:
+        super().__delitem__(p)
+        for part in self._parts:
+            part.pop(p, None)
+
+    def pop(self, p: Tensor, *default: Any) -> Any:
+        """Takes an entry out."""
+        entry = super().pop(p, *default)
+        for part in self._parts:
+            part.pop(p, None)
+        return entry
+
+    def clear(self) -> None:
+        """Takes all out."""
+        super().clear()
+        for part in self._parts:
+            part.clear()
 
 
 class _Entry(dict[str, Any]):
