@@ -48,7 +48,13 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotAnArray(leaf, got) => write!(f, "{leaf} must be a NumPy array, got {got}"),
+            Self::NotAnArray(leaf, got) => {
+                let hint = match got.as_str() {
+                    "Parameter" | "Tensor" => ": for tensors of torch, use lookstep.torch.Optimizer",
+                    _ => "",
+                };
+                write!(f, "{leaf} must be a NumPy array, got {got}{hint}")
+            }
             Self::Subclass(leaf, got) => write!(f, "{leaf} is a {got}: pass np.asarray(x)"),
             Self::Dtype(leaf, got) => write!(f, "{leaf} has dtype {got}; supported: float16, bfloat16, float32, float64"),
             Self::ByteSwapped(leaf, got) => {

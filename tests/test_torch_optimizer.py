@@ -165,8 +165,9 @@ def test_nothing_is_copied():
 
 
 EDITS = {
-    "in-place": lambda opt, p: opt.state[p]["momentum_buffer"].zero_(),
-    "replaced": lambda opt, p: opt.state[p].update(momentum_buffer=torch.zeros_like(p)),
+    "in-place": lambda opt, p: opt.state[p]["exp_avg"].zero_(),
+    "counted": lambda opt, p: opt.state[p]["step"].fill_(7),
+    "replaced": lambda opt, p: opt.state[p].update(exp_avg=torch.zeros_like(p)),
     "removed": lambda opt, p: opt.state.pop(p),
     "cleared": lambda opt, p: opt.state.clear(),
     "set": lambda opt, p: setattr(opt, "state", defaultdict(dict)),
@@ -176,21 +177,10 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
 def test_state_may_be_written_to(edit):
     ours, theirs = parameters(), parameters()
-    opts = Optimizer(ours, ls.SGD(lr=0.1, momentum=0.9)), torch.optim.SGD(theirs, lr=0.1, momentum=0.9)
-    for opt, params in zip(opts, (ours, theirs), strict=True):
-        run(opt, params, range(2))
-        edit(opt, params[0])
-        run(opt, params, [2])
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
-
-
-def test_counters_of_the_state_may_be_written_to():
-    ours, theirs = parameters(), parameters()
     opts = Optimizer(ours, ls.Adam(lr=0.1)), torch.optim.Adam(theirs, lr=0.1)
     for opt, params in zip(opts, (ours, theirs), strict=True):
         run(opt, params, range(2))
-        opt.state[params[0]]["step"].fill_(7)
+        edit(opt, params[0])
         run(opt, params, [2])
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
@@ -562,14 +552,15 @@ def test_a_plain_run_goes_on_inside_lookahead():
     assert opt.syncs == 1
 
 
-def test_the_state_can_be_reset():
+@pytest.mark.parametrize("state", [lambda opt: opt.state, lambda opt: {}], ids=["its-own", "none"])
+def test_a_state_that_is_set_keeps_the_cycle(state):
     params = parameters()
     opt = Optimizer(params, ls.Lookahead(ls.Adam(lr=0.1), 5))
     run(opt, params, range(3))
-    opt.state = {}
-    assert (opt.steps, dict(opt.state)) == (0, {})
-    run(opt, params, [0])
-    assert opt.steps == 1
+    opt.state = state(opt)
+    assert (opt.steps, opt.syncs) == (3, 0)
+    run(opt, params, range(2))
+    assert (opt.steps, opt.syncs) == (5, 1)
 
 
 def test_compiled_code_may_step():
@@ -598,6 +589,25 @@ REFUSED = {
 def test_a_parameter_that_cannot_be_stepped_is_refused(make, error, match):
     with pytest.raises(error, match=match):
         Optimizer([make()], ls.SGD())
+
+
+def test_a_module_is_told_from_its_parameters():
+    with pytest.raises(TypeError, match=r"got a Linear: pass its .parameters\(\)"):
+        Optimizer(torch.nn.Linear(2, 1), ls.SGD())
+
+
+def test_the_core_s_lookahead_names_the_one_for_torch():
+    with pytest.raises(TypeError, match=r"got SGD: around that, use lookstep\.torch\.Lookahead"):
+        ls.Lookahead(torch.optim.SGD(parameters()))
+
+
+def test_the_core_s_optimizer_names_the_one_for_tensors():
+    with pytest.raises(
+        TypeError, match=r"params\[0\] must be a NumPy array, got \w+: .*use lookstep\.torch\.Optimizer"
+    ):
+        ls.Optimizer(parameters(), ls.SGD())
+    with pytest.raises(TypeError, match=r"grads\[0\] must be a NumPy array, got Tensor"):
+        ls.Optimizer([np.zeros(2)], ls.SGD()).step([torch.zeros(2)])
 
 
 def test_two_parameters_of_one_memory_are_refused():
@@ -669,6 +679,7 @@ STATES = {
     "nobody's": (lambda s: s | {"state": s["state"] | {7: {}}}, "none of its groups"),
     "groups": (lambda s: s | {"param_groups": s["param_groups"] * 2}, "groups of"),
     "rule": (lambda s: (s["param_groups"][0]["lookstep"].update(rule="RAdam"), s)[1], "the state is of RAdam"),
+    "cycles": (lambda s: (s["param_groups"][0]["lookstep"].update(cycles=[5]), s)[1], "pairs"),
     "run": (lambda s: (s["param_groups"][0].update(lookstep=5), s)[1], "must be a dict"),
     "cycle": (lambda s: (s["param_groups"][0]["lookstep"].update(cycles=[[9, 0]]), s)[1], "steps of the cycle"),
     "lr": (lambda s: (s["param_groups"][0].update(lr=-1.0), s)[1], "lr must be"),

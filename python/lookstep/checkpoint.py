@@ -188,7 +188,7 @@ def checked(
         )
         steps = _integer(f"steps of {name}", entry["steps"], _MOST_STEPS)
         counts.append((steps, _carry(name, entry["carry"], allow_nonfinite)))
-    _check_pairs(state["cycles"])
+    check_cycles(state["cycles"])
     if len(state["cycles"]) != len(cycles):
         raise ValueError(f"the state has {len(state['cycles'])} levels of Lookahead, but the rule has {len(cycles)}")
     pairs = []
@@ -351,7 +351,7 @@ def _decoded(plain: Any) -> dict[str, Any]:
                 state["groups"].append((pattern, {key: decode(value, _CLASSES) for key, value in different.items()}))
             case _:
                 raise ValueError("the checkpoint's groups must be pairs of a pattern and a dict")
-    _check_pairs(plain.get("cycles"))
+    check_cycles(plain.get("cycles"))
     return state
 
 
@@ -365,7 +365,8 @@ def _name(path: str) -> str:
     return f'the state of "{path}"' if path else "the state of params"
 
 
-def _check_pairs(cycles: Any) -> None:
+def check_cycles(cycles: Any) -> None:
+    """Refuses what are no steps and syncs of levels of Lookahead."""
     if not isinstance(cycles, list) or any(not isinstance(cycle, list) or len(cycle) != 2 for cycle in cycles):
         raise ValueError("the state's cycles must be pairs of integers")
 

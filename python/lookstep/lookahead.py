@@ -108,6 +108,14 @@ class OptimalSlowStep(Checked):
     _checks: ClassVar[Mapping[str, Check]] = {"low": up_to_one}
 
 
+_FRAMEWORKS = {
+    "keras": "lookstep.keras.Lookahead",
+    "optax": "lookstep.optax.lookahead",
+    "torch": "lookstep.torch.Lookahead",
+}
+"""What goes around optimizers of others, by their packages."""
+
+
 @dataclass(frozen=True)
 class Lookahead(Rule):
     r"""Lookahead: k steps forward, one step back.
@@ -173,7 +181,9 @@ class Lookahead(Rule):
         """Checks the inner rule, then the rest."""
         if not isinstance(self.inner, InnerRule | Lookahead):
             got = f"the class {self.inner.__name__}" if isinstance(self.inner, type) else type(self.inner).__name__
-            raise TypeError(f"inner must be a rule such as Adam(lr=1e-3), got {got}")
+            theirs = _FRAMEWORKS.get(type(self.inner).__module__.partition(".")[0])
+            hint = f": around that, use {theirs}" if theirs else ""
+            raise TypeError(f"inner must be a rule such as Adam(lr=1e-3), got {got}{hint}")
         choices = ("keep", "reset", "pullback")
         if self.inner_state not in choices:
             raise ValueError(

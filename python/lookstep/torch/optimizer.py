@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 
 from .. import _core, optimizer
+from ..checkpoint import check_cycles
 from ..hyper import Rule, is_scheduled
 from ..plan import Matched, Plan
 from .keys import from_torch, to_torch
@@ -132,6 +133,8 @@ class Optimizer(torch.optim.Optimizer):
         self._hyper_names = list(_defaults(plan))
         # Once made, it is changed and never replaced: Lightning's optimizers share it with what they wrap.
         self._bound: _Bound | None = None
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(f"params must be tensors, got a {type(params).__name__}: pass its .parameters()")
         super().__init__(params, _defaults(plan))
         self._bound = self._bind()
         self._note_run()
@@ -242,7 +245,7 @@ class Optimizer(torch.optim.Optimizer):
         """The state of each parameter that has been stepped, by torch's keys; tensors share the optimizer's memory.
 
         What is changed here (tensors put in the place of others, counters, entries) is taken over by the next step.
-        After a step, read it anew.
+        After a step, read it anew. Steps of the run and of its cycle go on.
         """
         if self._bound is None:
             return defaultdict(dict)
@@ -257,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
     @state.setter
     def state(self, state: Mapping[torch.Tensor, Any]) -> None:
         if self._bound is not None:  # torch's own constructor sets an empty one.
-            self._restore(self._followed(), state, self.param_groups, {}, allow_nonfinite=True)
+            self._restore(self._followed(), state, self.param_groups, self._run(), allow_nonfinite=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds tensors, with hyper-parameters of their own; their cycle is the others'.
@@ -434,6 +437,7 @@ class Optimizer(torch.optim.Optimizer):
         if run.get("rule", name_of_rule) != name_of_rule:
             raise ValueError(f"the state is of {run['rule']}, but this optimizer's rule is {self._rule}")
         cycles = run.get("cycles") or [[0, 0] for _ in plan.levels]
+        check_cycles(cycles)
         kernels = _core.kernels()
         state = over.state_dict()
         has_begun = any(done for done, _ in cycles)
